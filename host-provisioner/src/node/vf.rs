@@ -4,15 +4,14 @@
 
 use std::sync::Arc;
 
-use common::api::{Admitted, DeviceStatus};
+use common::api::DeviceStatus;
 use common::pci::PciAddress;
 use thiserror::Error;
 
 use super::plan::{Vf, VfSeen};
 use crate::driver::{DriverError, VfDriver, driver_for};
 use crate::kernel::{
-    GroupHold, HoldError, Kernel, KernelError, MacAddr, MacError, PfFacts, VFIO_PCI, VfConfig,
-    VfFacts, VlanTag,
+    GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
 };
 
 /// What can go wrong with a VF on the host.
@@ -50,20 +49,6 @@ where
     tokio::task::spawn_blocking(move || work(kernel.as_ref()))
         .await
         .map_err(|e| VfError::Thread(e.to_string()))?
-}
-
-/// The kernel's settings for what was granted.
-pub fn wanted_config(admitted: &Admitted) -> Result<VfConfig, MacError> {
-    let network = &admitted.network;
-    Ok(VfConfig {
-        mac: network.mac_address.parse::<MacAddr>()?,
-        vlan: network
-            .vlan
-            .as_ref()
-            .map(|vlan| VlanTag { id: vlan.id, qos: vlan.qos.unwrap_or_default() }),
-        spoof_check: network.spoof_check,
-        trust: network.trust,
-    })
 }
 
 /// The VF of that index, if the PF has it.
@@ -116,6 +101,18 @@ fn prove_free(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<GroupHold>, Vf
     }
 }
 
+/// Refuses a VF whose group has a member that is no VF of its PF: a VM that had
+/// the group could reach that member.
+fn isolated(kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), VfError> {
+    let ours = kernel.virtual_functions(pf.address)?;
+    let stranger =
+        vf.group_members.iter().find(|member| !ours.iter().any(|vf| vf.address == **member));
+    match stranger {
+        None => Ok(()),
+        Some(stranger) => Err(VfError::NotIsolated(vf.address, *stranger)),
+    }
+}
+
 /// Configures the VF, binds it to vfio-pci and reads both back; the device's
 /// addresses and ids are returned for the claim.
 ///
@@ -129,6 +126,7 @@ pub fn prepare(
 ) -> Result<DeviceStatus, VfError> {
     let index = device.vf_index;
     let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf { pf: pf.address, index })?;
+    isolated(kernel, pf, &vf)?;
     let held = prove_free(kernel, &vf)?;
     driver(pf)?.setup(kernel, pf, &vf, want)?;
     let held = match held {
