@@ -89,7 +89,7 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
     let health = Health::default();
     let ready = health.check("ledger", "the claims of this node are not read yet");
     let endpoint =
-        telemetry::serve(&args.http, health.clone(), telemetry::metrics(), stop.clone()).await?;
+        telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
 
     let agent = Arc::new(build(&args, kube.client(), &stop).await?);
     fill_ledger(&agent).await?;
