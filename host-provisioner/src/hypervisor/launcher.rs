@@ -132,7 +132,7 @@ impl Proc {
             }
         }
         match found.as_slice() {
-            [pid] => self.describe(pod_uid, *pid),
+            [pid] => self.process(pod_uid, *pid),
             [] => Err(LauncherError::NotFound {
                 pod_uid: pod_uid.to_owned(),
                 hint: if in_pod == 0 {
@@ -165,7 +165,8 @@ impl Proc {
                 .is_ok_and(|cmdline| !is_capability_probe(&cmdline))
     }
 
-    fn describe(&self, pod_uid: &str, pid: u32) -> Result<QemuProcess, LauncherError> {
+    /// What is known of process `pid`, taken to be the QEMU of pod `pod_uid`.
+    pub fn process(&self, pod_uid: &str, pid: u32) -> Result<QemuProcess, LauncherError> {
         let gone = || LauncherError::Gone { pid };
         let start_time = self.start_time(pid)?.ok_or_else(gone)?;
         let status = self.read(pid, "status")?;
@@ -388,7 +389,7 @@ mod tests {
     #[test]
     fn this_process_can_be_described() {
         let me = std::process::id();
-        let q = Proc::new("/proc").describe("x", me).unwrap();
+        let q = Proc::new("/proc").process("x", me).unwrap();
         assert_eq!(q.pid, me);
         assert!(q.user_ns_is_init);
         assert!(q.root.handle(Path::new("/proc/self/root/etc")).is_err());
