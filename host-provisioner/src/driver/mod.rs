@@ -6,6 +6,8 @@
 
 mod generic;
 mod igb;
+#[cfg(test)]
+mod tests;
 
 use thiserror::Error;
 

@@ -6,6 +6,8 @@
 //! or hangs without a word.
 
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::PathBuf;
@@ -82,10 +84,13 @@ impl FakeKernel {
         self.lock().at_most.insert(pf, count);
     }
 
-    /// VFs that are made from now on share the PF's IOMMU group, as below a
-    /// port without ACS.
+    /// The PF lies below a port without ACS: port, PF and VFs share one IOMMU
+    /// group. Its VFs are made anew.
     pub fn without_isolation(&self, pf: PciAddress) {
-        self.lock().shared.insert(pf);
+        let mut state = self.lock();
+        state.shared.insert(pf);
+        let count = state.pfs.get(&pf).map_or(0, |pf| pf.facts.num_vfs);
+        state.resize(pf, count);
     }
 
     /// The words for `in_use_by_host`, or none.

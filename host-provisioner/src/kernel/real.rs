@@ -1,13 +1,18 @@
 //! The running kernel: sysfs below injected roots, and rtnetlink.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::pci::{PciAddress, PciId};
 
 use super::netlink::{NetUse, Netlink, RtNetlink, VfSetting};
+use super::sysfs::{Attributes, Files, Sysfs};
 use super::{
     GroupHold, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig,
     VfFacts, config_space, host_use, sysfs, vfio,
@@ -19,25 +24,32 @@ const VF_LINKS: Duration = Duration::from_secs(10);
 
 /// [`Kernel`] on the real thing.
 #[derive(Clone, Debug)]
-pub struct RealKernel<N = RtNetlink> {
+pub struct RealKernel {
     roots: Roots,
-    netlink: N,
+    netlink: Arc<dyn Netlink>,
+    attributes: Arc<dyn Attributes>,
 }
 
 impl RealKernel {
     /// The kernel of this host, its file systems below `roots`.
     #[must_use]
-    pub const fn new(roots: Roots) -> Self {
+    pub fn new(roots: Roots) -> Self {
         Self {
             roots,
-            netlink: RtNetlink,
+            netlink: Arc::new(RtNetlink),
+            attributes: Arc::new(Files),
         }
     }
-}
 
-impl<N: Netlink> RealKernel<N> {
+    fn sysfs(&self) -> Sysfs<'_> {
+        Sysfs {
+            root: &self.roots.sys,
+            attributes: self.attributes.as_ref(),
+        }
+    }
+
     fn device(&self, address: PciAddress) -> PathBuf {
-        sysfs::device(&self.roots.sys, address)
+        self.sysfs().device(address)
     }
 
     /// Folder of a function that can have VFs.
@@ -138,7 +150,7 @@ impl<N: Netlink> RealKernel<N> {
     }
 }
 
-impl<N: Netlink> Kernel for RealKernel<N> {
+impl Kernel for RealKernel {
     fn node_facts(&self) -> Result<NodeFacts, KernelError> {
         let proc = self.roots.proc.join("sys/kernel");
         let sys = &self.roots.sys;
@@ -205,10 +217,11 @@ impl<N: Netlink> Kernel for RealKernel<N> {
         let numvfs = device.join("sriov_numvfs");
         if count > 0 {
             // Else the host's own VF driver takes each one, and gives it an interface.
-            sysfs::write(&device.join("sriov_drivers_autoprobe"), "0")?;
+            self.sysfs()
+                .write(&device.join("sriov_drivers_autoprobe"), "0")?;
         }
         if sysfs::parse::<u16>(&numvfs, "a number of VFs")? != count {
-            sysfs::write(&numvfs, &count.to_string())?;
+            self.sysfs().write(&numvfs, &count.to_string())?;
         }
         let got = sysfs::parse(&numvfs, "a number of VFs")?;
         if got != count {
@@ -261,22 +274,22 @@ impl<N: Netlink> Kernel for RealKernel<N> {
             .join(interface)
             .join("accept_ra");
         if sysfs::exists(&accept_ra)? {
-            sysfs::write(&accept_ra, "0")?;
+            self.sysfs().write(&accept_ra, "0")?;
         }
         self.netlink.set_up(interface)
     }
 
     fn bind_vfio(&self, vf: PciAddress) -> Result<(), KernelError> {
-        vfio::bind(&self.roots.sys, vf)
+        vfio::bind(self.sysfs(), vf)
     }
 
     fn unbind(&self, vf: PciAddress) -> Result<(), KernelError> {
-        vfio::unbind(&self.roots.sys, vf)
+        vfio::unbind(self.sysfs(), vf)
     }
 
     fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError> {
-        vfio::must_be_vf(&self.roots.sys, vf)?;
-        sysfs::write(&self.device(vf).join("reset"), "1")
+        vfio::must_be_vf(self.sysfs(), vf)?;
+        self.sysfs().write(&self.device(vf).join("reset"), "1")
     }
 
     fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError> {

@@ -1,12 +1,15 @@
 //! Reading and writing the small text files of sysfs and procfs, and waiting
 //! for links. Every error keeps path and errno.
 
+use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use common::pci::PciAddress;
 
 use super::KernelError;
 
@@ -36,15 +39,43 @@ pub(super) fn parse<T: FromStr>(path: &Path, expected: &'static str) -> Result<T
     })
 }
 
-/// Writes `text` in one write(2), which is what a sysfs attribute wants. The
-/// file is never made: an absent attribute is an error.
-pub(super) fn write(path: &Path, text: &str) -> Result<(), KernelError> {
-    OpenOptions::new()
-        .write(true)
-        .truncate(true)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| KernelError::file(format!("write {text:?} to"), path, source))
+/// Writes attributes. Apart from the reads because a test's folder needs
+/// somebody who does what the kernel does upon a write.
+pub trait Attributes: Send + Sync + fmt::Debug + 'static {
+    /// Writes `text` in one write(2), which is what an attribute wants.
+    fn put(&self, path: &Path, text: &str) -> io::Result<()>;
+}
+
+/// The running kernel's attributes.
+#[derive(Clone, Copy, Debug)]
+pub struct Files;
+
+impl Attributes for Files {
+    /// The file is never made: an absent attribute is an error.
+    fn put(&self, path: &Path, text: &str) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).truncate(true).open(path)?;
+        file.write_all(text.as_bytes())
+    }
+}
+
+/// A sysfs to write to: its folder and who writes.
+#[derive(Clone, Copy)]
+pub(super) struct Sysfs<'a> {
+    pub root: &'a Path,
+    pub attributes: &'a dyn Attributes,
+}
+
+impl Sysfs<'_> {
+    /// Folder of a PCI function.
+    pub(super) fn device(&self, address: PciAddress) -> PathBuf {
+        self.root.join("bus/pci/devices").join(address.to_string())
+    }
+
+    pub(super) fn write(&self, path: &Path, text: &str) -> Result<(), KernelError> {
+        self.attributes
+            .put(path, text)
+            .map_err(|source| KernelError::file(format!("write {text:?} to"), path, source))
+    }
 }
 
 /// The last part of a link's target, the way sysfs names drivers and groups;
@@ -108,11 +139,6 @@ pub(super) fn exists(path: &Path) -> Result<bool, KernelError> {
         fs::symlink_metadata(path).map_err(|source| KernelError::file("look at", path, source)),
     )?;
     Ok(there.is_some())
-}
-
-/// Folder of a PCI function.
-pub(super) fn device(sys: &Path, address: common::pci::PciAddress) -> PathBuf {
-    sys.join("bus/pci/devices").join(address.to_string())
 }
 
 fn absent_is_none<T>(result: Result<T, KernelError>) -> Result<Option<T>, KernelError> {

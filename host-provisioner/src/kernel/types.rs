@@ -210,6 +210,23 @@ impl VfConfig {
     };
 }
 
+impl VfConfig {
+    /// The settings in which what the kernel reports is not what was admitted.
+    ///
+    /// A trusted guest may change its own MAC, so the MAC of one is no drift.
+    #[must_use]
+    pub fn drift(&self, reported: &Self) -> Vec<&'static str> {
+        let differs = [
+            ("MAC", self.mac != reported.mac && !self.trust),
+            ("VLAN", self.vlan != reported.vlan),
+            ("spoof check", self.spoof_check != reported.spoof_check),
+            ("trust", self.trust != reported.trust),
+        ];
+        let drifted = differs.into_iter().filter(|(_, differs)| *differs);
+        drifted.map(|(setting, _)| setting).collect()
+    }
+}
+
 impl fmt::Display for VfConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let on = |flag| if flag { "on" } else { "off" };
@@ -224,5 +241,62 @@ impl fmt::Display for VfConfig {
             on(self.spoof_check),
             on(self.trust)
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_reads_back_as_it_was_written() {
+        for text in [
+            "00:00:00:00:00:00",
+            "02:00:00:00:00:aa",
+            "ff:ff:ff:ff:ff:ff",
+        ] {
+            assert_eq!(text.parse::<MacAddr>().unwrap().to_string(), text);
+        }
+        assert!("00:00:00:00:00:00".parse::<MacAddr>().unwrap().is_zero());
+        assert!(
+            "01:00:00:00:00:00"
+                .parse::<MacAddr>()
+                .unwrap()
+                .is_multicast()
+        );
+    }
+
+    #[test]
+    fn what_is_no_mac_is_refused() {
+        for text in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:aa:bb",
+            "02:00:00:00:00:a",
+            "02-00-00-00-00-aa",
+            "+2:00:00:00:00:aa",
+            "02:00:00:00:00:aa\n",
+        ] {
+            assert!(text.parse::<MacAddr>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn drift_names_the_settings() {
+        let other = VfConfig {
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            vlan: Some(VlanTag { id: 5, qos: 0 }),
+            spoof_check: false,
+            trust: true,
+        };
+        assert_eq!(VfConfig::CLEAN.drift(&VfConfig::CLEAN), Vec::<&str>::new());
+        assert_eq!(
+            VfConfig::CLEAN.drift(&other),
+            ["MAC", "VLAN", "spoof check", "trust"]
+        );
+        assert_eq!(
+            other.drift(&VfConfig::CLEAN),
+            ["VLAN", "spoof check", "trust"]
+        );
     }
 }

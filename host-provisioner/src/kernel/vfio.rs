@@ -8,7 +8,7 @@ use std::path::Path;
 
 use common::pci::PciAddress;
 
-use super::{HoldError, KernelError, VFIO_PCI, sysfs};
+use super::{HoldError, KernelError, VFIO_PCI, sysfs, sysfs::Sysfs};
 
 /// An open vfio group: nobody else can open it until this is dropped.
 pub struct GroupHold {
@@ -59,14 +59,14 @@ fn refusal(group: u32, path: &Path, error: io::Error) -> HoldError {
 }
 
 /// The driver bound to a function.
-pub(super) fn driver(sys: &Path, address: PciAddress) -> Result<Option<String>, KernelError> {
-    sysfs::link_name(&sysfs::device(sys, address).join("driver"))
+pub(super) fn driver(sys: Sysfs<'_>, address: PciAddress) -> Result<Option<String>, KernelError> {
+    sysfs::link_name(&sys.device(address).join("driver"))
 }
 
 /// Refuses what is no VF: a PF or a card of the host is never bound, unbound
 /// or reset by a slip.
-pub(super) fn must_be_vf(sys: &Path, address: PciAddress) -> Result<(), KernelError> {
-    let device = sysfs::device(sys, address);
+pub(super) fn must_be_vf(sys: Sysfs<'_>, address: PciAddress) -> Result<(), KernelError> {
+    let device = sys.device(address);
     if !sysfs::exists(&device)? {
         return Err(KernelError::NoSuchFunction(address));
     }
@@ -79,7 +79,7 @@ pub(super) fn must_be_vf(sys: &Path, address: PciAddress) -> Result<(), KernelEr
 /// `driver_override`, `drivers_probe`, and the override cleared again whatever
 /// came of it: it would outlive this use of the VF. Never `new_id`, which
 /// would claim every device of that id.
-pub(super) fn bind(sys: &Path, vf: PciAddress) -> Result<(), KernelError> {
+pub(super) fn bind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
     must_be_vf(sys, vf)?;
     match driver(sys, vf)? {
         Some(name) if name == VFIO_PCI => return Ok(()),
@@ -92,10 +92,10 @@ pub(super) fn bind(sys: &Path, vf: PciAddress) -> Result<(), KernelError> {
         }
         None => {}
     }
-    let over = sysfs::device(sys, vf).join("driver_override");
-    sysfs::write(&over, VFIO_PCI)?;
-    let probed = sysfs::write(&sys.join("bus/pci/drivers_probe"), &vf.to_string());
-    let cleared = clear_override(&over);
+    let over = sys.device(vf).join("driver_override");
+    sys.write(&over, VFIO_PCI)?;
+    let probed = sys.write(&sys.root.join("bus/pci/drivers_probe"), &vf.to_string());
+    let cleared = clear_override(sys, &over);
     probed?;
     cleared?;
     match driver(sys, vf)? {
@@ -110,19 +110,19 @@ pub(super) fn bind(sys: &Path, vf: PciAddress) -> Result<(), KernelError> {
 
 /// A lone newline takes the override away (drivers/base/driver.c,
 /// `driver_set_override`).
-fn clear_override(over: &Path) -> Result<(), KernelError> {
-    sysfs::write(over, "\n")
+fn clear_override(sys: Sysfs<'_>, over: &Path) -> Result<(), KernelError> {
+    sys.write(over, "\n")
 }
 
 /// Takes the driver off; no-op without one.
-pub(super) fn unbind(sys: &Path, vf: PciAddress) -> Result<(), KernelError> {
+pub(super) fn unbind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
     must_be_vf(sys, vf)?;
     if driver(sys, vf)?.is_none() {
         return Ok(());
     }
-    let device = sysfs::device(sys, vf);
-    sysfs::write(&device.join("driver/unbind"), &vf.to_string())?;
-    clear_override(&device.join("driver_override"))?;
+    let device = sys.device(vf);
+    sys.write(&device.join("driver/unbind"), &vf.to_string())?;
+    clear_override(sys, &device.join("driver_override"))?;
     match driver(sys, vf)? {
         None => Ok(()),
         found => Err(KernelError::WrongDriver {

@@ -1,6 +1,9 @@
 //! From what the kernel says to what the API shows: `PhysicalFunction` objects
 //! and `SriovNode`. Pure: no client, no clock.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use common::api::{

@@ -14,6 +14,9 @@ const FIRST_VF_GROUP: u32 = 1000;
 const VF_OFFSET: u32 = 0x80;
 const VF_STRIDE: u32 = 2;
 
+/// A root port that does not isolate.
+const PORT: Option<PciAddress> = PciAddress::new(0, 0, 0x1c, 0);
+
 /// A write that the kernel obeyed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
@@ -142,7 +145,8 @@ impl State {
         known.vfs = made.collect();
         known.facts.num_vfs = count;
         if shared {
-            let mut members = vec![pf];
+            // The port above, the PF and all its VFs.
+            let mut members: Vec<PciAddress> = PORT.into_iter().chain([pf]).collect();
             members.extend(known.vfs.iter().map(|vf| vf.facts.address));
             known.facts.group_members.clone_from(&members);
             for vf in &mut known.vfs {

@@ -5,6 +5,8 @@
 mod parse;
 mod socket;
 
+use std::fmt;
+
 use super::{KernelError, MacAddr, VfConfig, VlanTag};
 
 pub use socket::RtNetlink;
@@ -77,7 +79,7 @@ impl VfSetting {
 }
 
 /// The questions and orders.
-pub trait Netlink: Send + Sync + 'static {
+pub trait Netlink: Send + Sync + fmt::Debug + 'static {
     /// Links, addresses and default routes.
     fn net_use(&self) -> Result<NetUse, KernelError>;
     /// One VF as the kernel has it.

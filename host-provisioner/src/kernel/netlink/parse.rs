@@ -232,3 +232,110 @@ fn next_hops(mut rest: &[u8]) -> Result<Vec<u32>, DecodeError> {
     }
     Ok(interfaces)
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::Emitable as _;
+    use netlink_packet_route::link::{
+        InfoKind, LinkFlags, LinkInfo, LinkMessage, LinkVfInfo, VfInfoLinkState, VfInfoMac,
+        VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState,
+    };
+
+    use super::*;
+
+    fn bytes(message: &LinkMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    fn message(attributes: Vec<LinkAttribute>) -> Vec<u8> {
+        let mut message = LinkMessage::default();
+        message.header.index = 7;
+        message.header.flags = LinkFlags::Up;
+        message.attributes = attributes;
+        bytes(&message)
+    }
+
+    fn vf_infos(index: u32, vlan: (u32, u32), on: bool) -> LinkVfInfo {
+        LinkVfInfo(vec![
+            VfInfo::Mac(VfInfoMac::new(index, &[2, 0, 0, 0, 0, index as u8])),
+            VfInfo::Vlan(VfInfoVlan::new(index, vlan.0, vlan.1)),
+            VfInfo::SpoofCheck(VfInfoSpoofCheck::new(index, on)),
+            VfInfo::LinkState(VfInfoLinkState::new(index, VfLinkState::Auto)),
+            VfInfo::Trust(VfInfoTrust::new(index, !on)),
+        ])
+    }
+
+    #[test]
+    fn a_vf_is_found_among_others() {
+        let body = message(vec![
+            LinkAttribute::IfName("enp1s0".to_owned()),
+            LinkAttribute::VfInfoList(vec![
+                vf_infos(0, (0, 0), true),
+                vf_infos(1, (100, 3), false),
+                vf_infos(2, (0, 5), true),
+            ]),
+        ]);
+        let config = |index, vlan, on: bool| VfConfig {
+            mac: MacAddr([2, 0, 0, 0, 0, index]),
+            vlan,
+            spoof_check: on,
+            trust: !on,
+        };
+        assert_eq!(vf(&body, 0).unwrap(), Some(config(0, None, true)));
+        let tag = VlanTag { id: 100, qos: 3 };
+        assert_eq!(vf(&body, 1).unwrap(), Some(config(1, Some(tag), false)));
+        let priority = VlanTag { id: 0, qos: 5 };
+        assert_eq!(vf(&body, 2).unwrap(), Some(config(2, Some(priority), true)));
+        assert_eq!(vf(&body, 3).unwrap(), None);
+        assert_eq!(vf(&message(Vec::new()), 0).unwrap(), None);
+    }
+
+    #[test]
+    fn a_vlan_link_is_read() {
+        let body = message(vec![
+            LinkAttribute::IfName("eth0.5".to_owned()),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 9]),
+            LinkAttribute::PermAddress(vec![0; 6]),
+            LinkAttribute::Link(2),
+            LinkAttribute::Controller(4),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vlan)]),
+        ]);
+        let expected = Link {
+            index: 7,
+            name: "eth0.5".to_owned(),
+            up: true,
+            mac: Some(MacAddr([2, 0, 0, 0, 0, 9])),
+            permanent_mac: None,
+            master: Some(4),
+            lower: Some(2),
+            kind: Some("vlan".to_owned()),
+        };
+        assert_eq!(link(&body).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_lower_link_of_another_namespace_means_nothing() {
+        let body = message(vec![LinkAttribute::Link(2), LinkAttribute::LinkNetNsId(0)]);
+        assert_eq!(link(&body).unwrap().lower, None);
+        let veth = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]);
+        let body = message(vec![LinkAttribute::Link(2), veth]);
+        assert_eq!(link(&body).unwrap().lower, None);
+    }
+
+    #[test]
+    fn a_cut_off_answer_is_an_error() {
+        let whole = message(vec![LinkAttribute::IfName("enp1s0".to_owned())]);
+        for length in [0, 7, LINK_HEADER - 1, LINK_HEADER + 6] {
+            assert!(link(&whole[..length]).is_err(), "{length}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_end_in_an_answer(body in proptest::collection::vec(0_u8.., 0..256)) {
+            let _ = (link(&body), vf(&body, 1), global_address(&body), default_route(&body));
+        }
+    }
+}
