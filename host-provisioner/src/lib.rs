@@ -3,6 +3,8 @@
 //!
 //! Arrows point one way: pure planners, then executors, then controllers, then `main`.
 
+pub mod cli;
+pub mod controller;
 pub mod driver;
 pub mod hypervisor;
 pub mod kernel;

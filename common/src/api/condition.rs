@@ -67,6 +67,7 @@ pub mod reason {
     pub const UNSUPPORTED_SETTING: &str = "UnsupportedSetting";
     pub const UNSUPPORTED_VM: &str = "UnsupportedVM";
     pub const VM_AMBIGUOUS: &str = "VMAmbiguous";
+    pub const VM_MOVED: &str = "VMMoved";
     pub const VM_NOT_FOUND: &str = "VMNotFound";
     pub const VM_NOT_RUNNING: &str = "VMNotRunning";
 }

@@ -6,11 +6,16 @@ use std::fmt::Debug;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
+use kube::core::Status;
 use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use super::error::is_conflict;
 use crate::api::{NewCondition, condition, set_condition};
+
+/// How often a report is sent when others keep writing to its object.
+const REPORT_TRIES: usize = 5;
 
 /// Writes a decision into `/status`: `fields` are merged (a null clears), on the
 /// object as it was `seen`.
@@ -40,6 +45,27 @@ where
     };
     api.patch_status(&seen.name_any(), &params, &Patch::Merge(patch))
         .await
+}
+
+/// The JSON merge patch (RFC 7396) that makes `from` into `to`: what `to` lacks
+/// is nulled, also inside objects. `None` when they are equal.
+#[must_use]
+pub fn merge_diff(from: &Value, to: &Value) -> Option<Value> {
+    if from == to {
+        return None;
+    }
+    let (Value::Object(old), Value::Object(new)) = (from, to) else {
+        return Some(to.clone());
+    };
+    let gone = old
+        .keys()
+        .filter(|key| !new.contains_key(*key))
+        .map(|key| (key.clone(), Value::Null));
+    let changed = new.iter().filter_map(|(key, value)| {
+        let before = old.get(key).unwrap_or(&Value::Null);
+        merge_diff(before, value).map(|patch| (key.clone(), patch))
+    });
+    Some(Value::Object(gone.chain(changed).collect()))
 }
 
 /// What one program says of an object.
@@ -85,8 +111,11 @@ pub fn plan_conditions(
 /// `seen` says all of it already (`seen_fields` are the values in it of
 /// `report.fields`).
 ///
-/// The request carries the uid: an object made anew under that name answers
-/// 409 and is not written to. No resourceVersion: reports do not race decisions.
+/// An object made anew under that name is not written to: 409. The fence is the
+/// resourceVersion, because an API server does not compare a uid that is applied
+/// to `/status` (its status strategy puts the stored metadata back first; seen
+/// on 1.36). A report does not compete with other writers, though: when they
+/// were quicker and it is still the same object, it is sent again.
 pub async fn report<K>(
     api: &Api<K>,
     seen: &K,
@@ -109,16 +138,30 @@ where
     });
     let mut status = report.fields.clone();
     status.insert("conditions".to_owned(), json!(own));
-    let patch = json!({
-        "apiVersion": K::api_version(&()),
-        "kind": K::kind(&()),
-        "metadata": {"name": seen.name_any(), "uid": seen.meta().uid},
-        "status": status,
-    });
+    let name = seen.name_any();
     let params = PatchParams::apply(report.manager).force();
-    api.patch_status(&seen.name_any(), &params, &Patch::Apply(patch))
-        .await
-        .map(Some)
+    let mut version = seen.resource_version();
+    for _ in 0..REPORT_TRIES {
+        let patch = json!({
+            "apiVersion": K::api_version(&()),
+            "kind": K::kind(&()),
+            "metadata": {"name": name, "resourceVersion": version},
+            "status": status,
+        });
+        match api.patch_status(&name, &params, &Patch::Apply(patch)).await {
+            Err(error) if is_conflict(&error) => {
+                let latest = api.get(&name).await?;
+                if latest.uid() != seen.uid() {
+                    return Err(error);
+                }
+                version = latest.resource_version();
+            }
+            done => return done.map(Some),
+        }
+    }
+    Err(kube::Error::Api(Box::new(
+        Status::failure("the object kept changing under its report", "Conflict").with_code(409),
+    )))
 }
 
 #[cfg(test)]
@@ -138,6 +181,18 @@ mod tests {
 
     fn at(second: i64) -> Time {
         Time(Timestamp::from_second(second).unwrap())
+    }
+
+    #[test]
+    fn a_merge_patch_nulls_what_goes_and_leaves_the_rest_out() {
+        let from = json!({"a": 1, "b": {"c": 1, "d": 2}, "e": [1]});
+        let to = json!({"a": 1, "b": {"c": 3}, "e": [1, 2], "f": {"g": 1}});
+        let patch = merge_diff(&from, &to).unwrap();
+        assert_eq!(
+            patch,
+            json!({"b": {"c": 3, "d": null}, "e": [1, 2], "f": {"g": 1}})
+        );
+        assert_eq!(merge_diff(&to, &to), None);
     }
 
     #[test]
