@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::paths::Paths;
 
 /// Collects what an artefact is made from.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Key {
     hash: Sha256,
 }

@@ -1,10 +1,20 @@
 //! The emulated data centre: what sets it up, runs scenarios against it, and takes it
 //! down. Each external program is wrapped once, each wait is bounded.
 
+pub mod archive;
 pub mod cache;
+pub mod clusters;
+pub mod context;
 pub mod daemon;
+pub mod debian;
+pub mod docker;
 pub mod exec;
+pub mod footprint;
 pub mod interrupt;
+pub mod kubernetes_images;
+pub mod node_image;
+pub mod oci_runtime;
 pub mod paths;
 pub mod progress;
+pub mod tools;
 pub mod wait;

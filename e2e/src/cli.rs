@@ -1,0 +1,154 @@
+//! The command line: reads arguments, sets up what all commands need, calls one of them.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use e2e::context::{self, Ctx, DataCentre};
+use e2e::paths::Paths;
+use e2e::{cache, exec, interrupt, oci_runtime, progress, tools};
+
+/// The emulated data centre of vf-provisioner, its demonstration and its tests.
+#[derive(Parser)]
+#[command(name = "cargo e2e", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Build the programs the data centre is made of
+    Tools,
+    /// Set up the data centre and leave it running
+    Up,
+    /// End the data centre; only caches stay
+    Down,
+    /// Show what of the data centre runs
+    Status,
+}
+
+impl Verb {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Tools => "tools",
+            Self::Up => "up",
+            Self::Down => "down",
+            Self::Status => "status",
+        }
+    }
+}
+
+pub(crate) fn main() -> ExitCode {
+    // Called by dockerd, not by people, hence not in the help.
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if args.get(1).is_some_and(|a| a == "oci-runtime") {
+        return report(oci_runtime::main(args.get(2..).unwrap_or_default()));
+    }
+    let args = Args::parse();
+    report(as_root().and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()
+            .context("starting the runtime")?;
+        runtime.block_on(run(args.command))
+    }))
+}
+
+fn report(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            progress::line(&format!("{e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Containers, taps and packages need root: becomes root by sudo, or says so.
+fn as_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    progress::line("not root: continuing with sudo");
+    let keep = "--preserve-env=PATH,HOME,VF_E2E_CACHE,XDG_CACHE_HOME,CARGO_HOME,\
+        CARGO_TARGET_DIR,CARGO_MANIFEST_DIR,RUSTUP_HOME,GOPATH,GOMODCACHE,GOPROXY,GOFLAGS";
+    let exe = std::env::current_exe()?;
+    let error = Command::new("sudo")
+        .arg(keep)
+        .arg(exe)
+        .args(std::env::args_os().skip(1))
+        .exec();
+    Err(error).context("this needs root, and sudo could not be started")
+}
+
+async fn run(verb: Verb) -> Result<()> {
+    // The process has one provider; nobody installed another before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    interrupt::install()?;
+    let paths = Paths::discover(verb.name())?;
+    exec::set_log_dir(paths.run_logs());
+    match verb {
+        Verb::Tools => {
+            let tools = Ctx::prepare(paths.clone())?.tools;
+            println!("KUBEBUILDER_ASSETS={}", tools::assets(&paths).display());
+            println!("kubectl is {}", tools.path("kubectl")?.display());
+            Ok(())
+        }
+        Verb::Up => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            up(paths).await
+        }
+        Verb::Down => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            interrupt::begin_teardown();
+            context::down(&Ctx::prepare(paths)?)
+        }
+        Verb::Status => status(paths).await,
+    }
+}
+
+async fn up(paths: Paths) -> Result<()> {
+    let ctx = Ctx::prepare(paths)?;
+    let made = tokio::select! {
+        r = DataCentre::up(ctx.clone()) => r,
+        stop = interrupt::wait() => Err(stop.into()),
+    };
+    match made {
+        Ok(dc) => {
+            print_access(&dc);
+            Ok(())
+        }
+        Err(e) if interrupt::requested() => {
+            interrupt::begin_teardown();
+            context::down(&ctx)?;
+            Err(e)
+        }
+        Err(e) => Err(e.context("the data centre is not complete; `cargo e2e down` removes it")),
+    }
+}
+
+async fn status(paths: Paths) -> Result<()> {
+    match DataCentre::find(Ctx::prepare(paths)?).await? {
+        Some(dc) => print_access(&dc),
+        None => println!("no data centre runs"),
+    }
+    Ok(())
+}
+
+fn print_access(dc: &DataCentre) {
+    if let Some(host) = dc.docker.host() {
+        println!("export DOCKER_HOST={host}");
+    }
+    for c in [&dc.host, &dc.guest] {
+        println!(
+            "export KUBECONFIG={}  # {}, {}",
+            c.kubeconfig.display(),
+            c.node(),
+            c.address
+        );
+    }
+}

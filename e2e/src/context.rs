@@ -1,0 +1,85 @@
+//! What every command of the harness works with, and the running data centre.
+
+use anyhow::{Context as _, Result};
+
+use crate::clusters::{self, Cluster};
+use crate::docker::{self, Docker};
+use crate::paths::Paths;
+use crate::tools::{self, Tools};
+use crate::{node_image, progress};
+
+/// Paths and programs.
+#[derive(Clone)]
+pub struct Ctx {
+    pub paths: Paths,
+    pub tools: Tools,
+}
+
+impl Ctx {
+    /// Builds the programs that are missing.
+    pub fn prepare(paths: Paths) -> Result<Self> {
+        let tools = tools::ensure(&paths)?;
+        Ok(Self { paths, tools })
+    }
+}
+
+/// A data centre that runs: what a scenario is given.
+pub struct DataCentre {
+    pub ctx: Ctx,
+    pub docker: Docker,
+    pub host: Cluster,
+    pub guest: Cluster,
+}
+
+impl DataCentre {
+    /// Sets up what is missing; what runs already stays as it is.
+    pub async fn up(ctx: Ctx) -> Result<Self> {
+        let docker = docker::up(&ctx.paths, &ctx.tools)?;
+        let image = node_image::ensure(&ctx.paths, &ctx.tools, &docker)?;
+        let (host, guest) = clusters::up(&ctx.paths, &ctx.tools, &docker, &image).await?;
+        Ok(Self {
+            ctx,
+            docker,
+            host,
+            guest,
+        })
+    }
+
+    /// The one that `up` left running.
+    pub async fn find(ctx: Ctx) -> Result<Option<Self>> {
+        let Some(docker) = Docker::find(&ctx.paths)? else {
+            return Ok(None);
+        };
+        let (host, guest) = clusters::find(&ctx.paths, &docker).await?;
+        Ok(Some(Self {
+            ctx,
+            docker,
+            host,
+            guest,
+        }))
+    }
+}
+
+/// Ends everything that `up` started, also half-started. Goes on after an error and
+/// returns the first.
+pub fn down(ctx: &Ctx) -> Result<()> {
+    let mut wrong = Vec::new();
+    let mut part = |name: &str, f: &dyn Fn() -> Result<()>| {
+        if let Err(e) = progress::step(name, |_| f()) {
+            progress::line(&format!("{name}: {e:#}"));
+            wrong.push(e.context(name.to_owned()));
+        }
+    };
+    if let Some(docker) = Docker::find(&ctx.paths)? {
+        part("deleting the clusters", &|| {
+            clusters::down(&ctx.paths, &ctx.tools, &docker)
+        });
+    }
+    part("ending Docker and restoring the machine", &|| {
+        docker::down(&ctx.paths)
+    });
+    match wrong.into_iter().next() {
+        Some(first) => Err(first).context("the tear-down is not complete"),
+        None => Ok(()),
+    }
+}
