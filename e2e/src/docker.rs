@@ -327,6 +327,13 @@ pub fn down(paths: &Paths) -> Result<()> {
                 wrong.push(e);
             }
         }
+        if let Err(e) = remove_cgroups(Path::new("/sys/fs/cgroup")) {
+            wrong.push(e);
+        }
+        for name in ["dockerd.log", "containerd.log"] {
+            let moved = paths.run_logs().join(name);
+            remove(&paths.state().join(name), |p| std::fs::rename(p, &moved))?;
+        }
     }
     if let Err(e) = footprint::restore(&record_file(paths), &["DOCKER", BRIDGE, "172.31.240."]) {
         wrong.push(e);
@@ -346,6 +353,38 @@ fn remove(path: &Path, how: impl Fn(&Path) -> std::io::Result<()>) -> Result<()>
         Ok(()) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e).with_context(|| format!("removing {}", path.display())),
+    }
+}
+
+/// Removes the control groups called `docker` that no process is in any more, in the one
+/// hierarchy of v2 or each of v1.
+fn remove_cgroups(root: &Path) -> Result<()> {
+    let mut hierarchies = vec![root.to_owned()];
+    for entry in std::fs::read_dir(root).with_context(|| root.display().to_string())? {
+        hierarchies.push(entry?.path());
+    }
+    for dir in hierarchies
+        .iter()
+        .map(|h| h.join("docker"))
+        .filter(|d| d.is_dir())
+    {
+        remove_cgroup(&dir)?;
+    }
+    Ok(())
+}
+
+fn remove_cgroup(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            remove_cgroup(&path)?;
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Ok(()) => Ok(()),
+        // Another engine's containers: theirs to remove.
+        Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => Ok(()),
+        Err(e) => Err(e).with_context(|| format!("removing {}", dir.display())),
     }
 }
 
