@@ -79,6 +79,12 @@ impl Docker {
         Ok(ip)
     }
 
+    /// Whether the container exists and runs.
+    pub fn running(&self, container: &str) -> Result<bool> {
+        let all = self.cmd().args(["ps", "--format", "{{.Names}}"]).text()?;
+        Ok(all.lines().any(|l| l == container))
+    }
+
     /// The engine of the running data centre, if one was chosen.
     pub fn find(paths: &Paths) -> Result<Option<Self>> {
         let file = choice(paths);
