@@ -136,11 +136,10 @@ fn record_file(paths: &Paths) -> PathBuf {
 
 /// An engine with the network, started if need be.
 pub fn up(paths: &Paths, tools: &Tools) -> Result<Docker> {
-    debian::ensure(paths, &["docker.io", "iptables", "iproute2"])?;
-    if Cmd::new("docker").arg("--version").status().is_err() {
-        // From Debian 13 on the client is a package of its own.
-        debian::ensure(paths, &["docker-cli"])?;
-    }
+    debian::ensure(paths, &["iptables", "iproute2"])?;
+    debian::ensure_program(paths, "dockerd", "docker.io")?;
+    // From Debian 13 on the client is a package of its own.
+    debian::ensure_program(paths, "docker", "docker-cli")?;
     footprint::record(&record_file(paths))?;
     let engine = match Docker::find(paths)?.filter(Docker::answers) {
         Some(engine) => engine,
