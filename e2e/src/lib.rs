@@ -14,6 +14,7 @@ pub mod interrupt;
 pub mod kubernetes_images;
 pub mod lint;
 pub mod logs;
+pub mod machine;
 pub mod mutants;
 pub mod node_image;
 pub mod oci_runtime;

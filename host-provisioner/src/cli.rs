@@ -1,6 +1,7 @@
 //! The command line of `host-provisioner`. No work is done here.
 
 use clap::{Args, Parser, Subcommand};
+use crate::node::NodeArgs;
 use common::cli::{HttpArgs, KubeArgs, LeaderElectionArgs, LogArgs, RetryArgs};
 
 /// Puts SR-IOV virtual functions into the running VMs of guest clusters.
@@ -17,6 +18,8 @@ pub struct Cli {
 pub enum Command {
     /// Admit claims and find their VMs; one leader in the host cluster.
     Controller(ControllerArgs),
+    /// Create VFs on this host node and plug them into its VMs; one on each node.
+    Node(NodeArgs),
 }
 
 /// Flags of `host-provisioner controller`.

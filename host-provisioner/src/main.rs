@@ -11,6 +11,7 @@ use common::kube::{KubeClient, LeaderConfig, install_crypto, run_as_leader};
 use common::telemetry::{self, Health};
 use host_provisioner::cli::{Cli, Command, ControllerArgs};
 use host_provisioner::controller::{self, Settings};
+use host_provisioner::node;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +40,7 @@ fn start(command: Command) -> anyhow::Result<()> {
         let stop = stop_on_signal()?;
         match command {
             Command::Controller(args) => run_controller(args, stop).await,
+            Command::Node(args) => Ok(node::run(args, stop).await?),
         }
     })
 }

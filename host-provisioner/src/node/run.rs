@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use common::api::{PhysicalFunction, VFClaim};
-use common::cli::{HttpArgs, KubeArgs, LogArgs, RetryArgs};
+use common::cli::{HttpArgs, KubeArgs, RetryArgs};
 use common::kube::events::Events;
 use common::kube::{Backoff, ClientOptions, KubeClient, client::ClientError};
 use common::telemetry::{self, EndpointError, Health};
@@ -27,7 +27,7 @@ use super::agent::{Agent, SharedLedger, Turns};
 use super::lock::{AgentLock, LockError};
 use super::vf::VfError;
 use super::{publish, reconcile};
-use crate::hypervisor::QmpHypervisor;
+use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
 use crate::hypervisor::gates::{CgroupGates, GateError, Gates as _, GatesConfig};
 use crate::hypervisor::launcher::Proc;
 use crate::kernel::{Kernel, RealKernel, Roots};
@@ -43,7 +43,7 @@ pub struct NodeArgs {
     #[arg(long, default_value = "/run/vf-provisioner")]
     pub state_dir: PathBuf,
     /// QEMU's QMP socket inside a launcher's compute container.
-    #[arg(long, default_value = "/var/run/kubevirt/vf-provisioner/qmp.sock")]
+    #[arg(long, default_value = DEFAULT_SOCKET)]
     pub qmp_socket: PathBuf,
     /// Free PCIe root ports of a VM that are left to KubeVirt's own hotplugs.
     #[arg(long, default_value_t = 2)]
@@ -57,8 +57,6 @@ pub struct NodeArgs {
     pub retry: RetryArgs,
     #[command(flatten)]
     pub http: HttpArgs,
-    #[command(flatten)]
-    pub log: LogArgs,
 }
 
 /// Why the agent cannot run.
@@ -193,7 +191,7 @@ async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
     let shared = Arc::clone(agent);
     let recovered = tokio::task::spawn_blocking(move || {
         shared.gates.recover(&|journal| {
-            shared.ledger.lock().others_attached_in(journal.pod_uid(), "") > 0
+            shared.ledger.lock().others_attached_in(&journal.pod_uid, "") > 0
         })
     })
     .await
