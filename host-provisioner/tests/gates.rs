@@ -3,6 +3,13 @@
 //! Needs root (CAP_BPF, CAP_SYS_ADMIN, CAP_MKNOD) and a cgroup v2 mount.
 //!
 //! VFIO's devices are played by `zero` (1:5) and `full` (1:7): what is tested is who may open.
+// clippy knows functions marked as tests only, not their helpers.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -61,10 +68,7 @@ impl Drop for Stage {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
-        drop(umount2(
-            &self.folder.path().join("bpf"),
-            MntFlags::MNT_DETACH,
-        ));
+        let _ = umount2(&self.folder.path().join("bpf"), MntFlags::MNT_DETACH);
         // The kernel lets a cgroup go only once its last process is reaped.
         drop(fs::remove_dir(self.mount.join(&self.cgroup)));
         if let Some(parent) = self.cgroup.parent() {

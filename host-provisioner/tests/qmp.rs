@@ -1,5 +1,12 @@
 //! The QMP session against a real QEMU (no KVM, no image: firmware only), and against a monitor
 //! that misbehaves. QEMU is `$VF_E2E_QEMU`, else `qemu-system-x86_64` of PATH.
+// clippy knows functions marked as tests only, not their helpers.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
