@@ -8,10 +8,11 @@ use super::cgroup::CgroupGate;
 use super::journal::{Device, Journal, Journals, MemlockRecord, NodeRecord};
 use super::memlock::{self, Limit};
 use super::nodes::{self, DevFolder, Present};
+use super::usage::Usage;
 use super::{GateError, Gates, Recovered};
 use crate::hypervisor::GuestMemory;
 use crate::hypervisor::launcher::{LauncherError, Proc, QemuProcess};
-use crate::hypervisor::memory::{self, MemoryCgroup, MemoryFacts};
+use crate::hypervisor::memory::{self, MemoryFacts};
 use crate::hypervisor::plan::Unsupported;
 use crate::hypervisor::root::ContainerRoot;
 
@@ -355,43 +356,9 @@ impl HostGates {
         }
         (true, result)
     }
-
-    fn memory_cgroup(&self, cgroup: &Path) -> Result<Option<MemoryCgroup>, GateError> {
-        let folder = self.cgroup.path(cgroup);
-        let file = |name: &str| match std::fs::read_to_string(folder.join(name)) {
-            Ok(text) => Ok(Some(text)),
-            // The root, and where the memory controller is not on, there is no limit.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(GateError::io("read", folder.join(name), e)),
-        };
-        let (Some(max), Some(current)) = (file("memory.max")?, file("memory.current")?) else {
-            return Ok(None);
-        };
-        let stat = file("memory.stat")?.unwrap_or_default();
-        let droppable = ["inactive_file", "active_file"]
-            .iter()
-            .filter_map(|name| memory::stat_field(&stat, name))
-            .fold(0, u64::saturating_add);
-        let number = |name: &str, text: &str| {
-            text.trim().parse::<u64>().map_err(|e| GateError::Journal {
-                path: folder.join(name),
-                reason: e.to_string(),
-            })
-        };
-        let limit = match max.trim() {
-            "max" => None,
-            text => Some(number("memory.max", text)?),
-        };
-        Ok(Some(MemoryCgroup {
-            path: cgroup.display().to_string(),
-            limit,
-            used: number("memory.current", &current)?,
-            droppable,
-        }))
-    }
 }
 
-fn read(path: &Path) -> Result<String, GateError> {
+pub(super) fn read(path: &Path) -> Result<String, GateError> {
     std::fs::read_to_string(path).map_err(|e| GateError::io("read", path, e))
 }
 
@@ -402,24 +369,11 @@ impl Gates for HostGates {
         guest: GuestMemory,
         vfio_devices: u32,
     ) -> Result<MemoryFacts, GateError> {
-        let status = read(&self.proc.file(qemu.pid, "status"))?;
-        let path = self.proc_root.join("meminfo");
-        let node_available =
-            memory::kib_field(&read(&path)?, "MemAvailable").ok_or_else(|| GateError::Journal {
-                path,
-                reason: "it has no MemAvailable".to_owned(),
-            })?;
-        let mut cgroups = Vec::new();
-        for cgroup in qemu.cgroup.ancestors().filter(|a| a.is_absolute()) {
-            cgroups.extend(self.memory_cgroup(cgroup)?);
-        }
-        Ok(MemoryFacts {
-            guest,
-            process: memory::parse_status(&status),
-            cgroups,
-            node_available,
-            vfio_devices,
-        })
+        let usage = Usage {
+            proc: &self.proc_root,
+            cgroup: &self.cgroup,
+        };
+        usage.facts(qemu, guest, vfio_devices)
     }
 
     fn open(&self, qemu: &QemuProcess, group: u32, needed: u64) -> Result<(), GateError> {

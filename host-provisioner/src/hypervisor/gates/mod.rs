@@ -12,6 +12,7 @@ pub mod host;
 pub mod journal;
 pub mod memlock;
 pub mod nodes;
+pub mod usage;
 
 use std::io;
 use std::path::PathBuf;
