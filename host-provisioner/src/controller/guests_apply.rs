@@ -17,18 +17,18 @@ use serde::de::DeserializeOwned;
 use super::caches::readable;
 use super::guests::{self, Wanted, is_made_for};
 use super::refusal::Refusal;
-use super::run::{Controller, MANAGER, ReconcileError};
+use super::run::{Controller, MANAGER, RESYNC, ReconcileError};
 
 /// How long objects once seen to be right are trusted.
 const TRUST: Duration = Duration::from_secs(600);
 
-/// Reconciles one guest.
+/// Reconciles one guest; when to look again.
 pub(super) async fn reconcile(
     controller: &Controller,
     cluster: &GuestCluster,
-) -> Result<(), ReconcileError> {
+) -> Result<Duration, ReconcileError> {
     if cluster.metadata.deletion_timestamp.is_some() {
-        return Ok(());
+        return Ok(RESYNC);
     }
     let caches = &controller.caches;
     let clusters = caches.clusters();

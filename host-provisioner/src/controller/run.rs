@@ -32,7 +32,7 @@ pub const MANAGER: &str = "host-provisioner-controller";
 
 /// An object is looked at again after this time even when nothing changed: a
 /// deletion may be missed while a watch is broken.
-const RESYNC: Duration = Duration::from_secs(600);
+pub(super) const RESYNC: Duration = Duration::from_secs(600);
 /// A guest's report waits for more changes this long.
 const DEBOUNCE: Duration = Duration::from_millis(500);
 
@@ -107,17 +107,20 @@ impl Controller {
     /// Bounds a reconcile, counts it, and says when to look again.
     async fn attend<F>(&self, kind: &'static str, uid: Option<String>, work: F) -> Action
     where
-        F: Future<Output = Result<(), ReconcileError>>,
+        F: Future<Output = Result<Duration, ReconcileError>>,
     {
         let began = Instant::now();
         let uid = uid.unwrap_or_default();
         let done = tokio::time::timeout(self.settings.timeout, work)
             .await
             .unwrap_or(Err(ReconcileError::Timeout(self.settings.timeout)));
-        let Err(error) = done else {
-            self.metrics.reconciled(kind, "ok", began.elapsed());
-            self.backoff.forget(&uid);
-            return Action::requeue(RESYNC);
+        let error = match done {
+            Ok(again) => {
+                self.metrics.reconciled(kind, "ok", began.elapsed());
+                self.backoff.forget(&uid);
+                return Action::requeue(again);
+            }
+            Err(error) => error,
         };
         let class = error.class();
         self.metrics
