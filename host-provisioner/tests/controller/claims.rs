@@ -10,7 +10,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use host_provisioner::controller::admit::derived_mac;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, WatchEvent, WatchParams};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Harness, UUID, claim};
 
@@ -320,9 +320,12 @@ async fn cordon_and_quota_hold_and_a_freed_place_is_taken() {
     harness.vmi("a", UUID).await;
     let guests = harness.guests();
     let params = PatchParams::default();
-    let set = |spec| guests.patch("blue", &params, &Patch::Merge(json!({ "spec": spec })));
-    set(json!({"quota": {"claims": 2}})).await.unwrap();
-    harness.guest_observed("blue").await;
+    let set = async |spec: Value| {
+        let patch = Patch::Merge(json!({ "spec": spec }));
+        guests.patch("blue", &params, &patch).await.unwrap();
+        harness.guest_observed("blue").await;
+    };
+    set(json!({"quota": {"claims": 2}})).await;
     // Many at once: exactly two get a place.
     let all: Vec<VFClaim> = (0..8).map(|i| claim(&format!("q{i}"))).collect();
     futures::future::join_all(all.iter().map(|c| harness.create(c))).await;
@@ -366,7 +369,7 @@ async fn cordon_and_quota_hold_and_a_freed_place_is_taken() {
     let refused = harness.says(&late, type_::ADMITTED, reason::CORDONED).await;
     assert_nothing_granted(&refused);
     harness.warned(&late, reason::CORDONED).await;
-    set(json!({"cordoned": false})).await.unwrap();
+    set(json!({"cordoned": false})).await;
     harness.says(&late, type_::RESOLVED, reason::RESOLVED).await;
     harness.end().await;
 }
@@ -379,12 +382,9 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
     harness.says(&made, type_::RESOLVED, reason::RESOLVED).await;
     let api = harness.claims();
     let params = PatchParams::default();
-    let set = |status| {
-        api.patch_status(
-            "vfc-u1",
-            &params,
-            &Patch::Merge(json!({ "status": status })),
-        )
+    let set = async |status: Value| {
+        let patch = Patch::Merge(json!({ "status": status }));
+        api.patch_status("vfc-u1", &params, &patch).await.unwrap();
     };
     // As a node agent writes it.
     let device = json!({"nodeName": "host1", "physicalFunction": "pf", "vfIndex": 0});
@@ -407,7 +407,7 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
     api.delete("vfc-u1", &DeleteParams::default())
         .await
         .unwrap();
-    set(json!({"attachment": null})).await.unwrap();
+    set(json!({"attachment": null})).await;
     // Another claim's whole way through the same queue: time enough to err.
     harness.create(&claim("u2")).await;
     harness
@@ -417,7 +417,7 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
         api.get_opt("vfc-u1").await.unwrap().is_some(),
         "gone while its VF is out"
     );
-    set(json!({"device": null})).await.unwrap();
+    set(json!({"device": null})).await;
     harness.gone(&made).await;
     // Granted but never allocated: at once.
     api.delete("vfc-u2", &DeleteParams::default())

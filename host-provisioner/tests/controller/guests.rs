@@ -107,8 +107,10 @@ async fn a_guest_does_all_it_needs_in_its_namespace_and_nothing_elsewhere() {
         403,
         "forbidden",
     );
-    let own = DeleteParams::default();
-    claims.delete("vfc-u1", &own).await.unwrap();
+    claims
+        .delete("vfc-u1", &DeleteParams::default())
+        .await
+        .unwrap();
     harness.gone(&made).await;
     harness.end().await;
 }
