@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Namespace of the tenant's VMs in the host's cluster.
 pub const NAMESPACE: &str = "tenant-vms";
 /// Channel ports into a VM.
-const PORTS: usize = 4;
+const PORTS: usize = 2;
 /// Root ports: enough for libvirt's own devices, KubeVirt's spares and several VFs.
 const ROOT_PORTS: usize = 12;
 /// Where the launcher keeps the sockets of the channel, in its container.

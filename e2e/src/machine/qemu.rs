@@ -5,7 +5,7 @@ use std::path::Path;
 use super::image::Image;
 
 /// Channel ports into L1: as many commands can run at once.
-pub(super) const PORTS: usize = 8;
+pub(super) const PORTS: usize = 4;
 
 /// The managed PF, the node's own, and the one that is not isolated.
 pub(super) const MANAGED_MAC: &str = "52:54:00:aa:00:01";
