@@ -10,9 +10,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
-use e2e::{
-    cache, exec, interrupt, lint, logs, mutants, oci_runtime, progress, runner, scenarios, tools,
-};
+use e2e::{machine, cache, exec, interrupt, lint, logs, mutants, oci_runtime, progress, runner, scenarios, tools,};
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.
 #[derive(Parser)]

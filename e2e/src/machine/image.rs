@@ -27,9 +27,8 @@ const DISK: &str = "10G";
 
 /// Path in the image, permissions, content.
 type File = (&'static str, u32, &'static str);
-const FILES: [File; 16] = [
+const FILES: [File; 15] = [
     ("usr/lib/harness/channel-agent", 0o755, include_str!("files/channel-agent")),
-    ("usr/lib/harness/channel-read", 0o755, include_str!("files/channel-read")),
     ("usr/lib/harness/channel-relay", 0o755, include_str!("files/channel-relay")),
     ("usr/lib/harness/harness-network", 0o755, include_str!("files/harness-network")),
     ("usr/lib/harness/harness-trace", 0o755, include_str!("files/harness-trace")),
