@@ -1,1 +1,9 @@
+//! What both programs speak: the API types, PCI names and numbers, and the
+//! Kubernetes plumbing that controllers share.
+//!
+//! `api` and `pci` do no I/O. Only `kube` talks to an API server.
+#![forbid(unsafe_code)]
 
+pub mod api;
+pub mod crdgen;
+pub mod pci;

@@ -1,0 +1,79 @@
+//! Network wishes, defaults and grants of an Ethernet VF.
+
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// An 802.1Q tag that the PF inserts and strips; the guest does not see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Vlan {
+    /// VLAN identifier, 1 to 4094.
+    #[schemars(range(min = 1, max = 4094))]
+    pub id: u16,
+    /// Priority code point of the tag, 0 to 7.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 7))]
+    pub qos: Option<u8>,
+}
+
+/// What a tenant asks of its VF. What is left out comes from the class.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NetworkRequest {
+    /// Unicast MAC address, colon-separated. Left out: one is derived from the
+    /// claim's UID, locally administered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(max = 17),
+        regex(pattern = r"^[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$")
+    )]
+    #[x_kube(
+        validation = Rule::new("self != '00:00:00:00:00:00'").message("macAddress must not be all zero; leave it out to get one")
+    )]
+    pub mac_address: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<Vlan>,
+    /// Drop frames whose source MAC is not the VF's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoof_check: Option<bool>,
+    /// Let the guest change its MAC and go promiscuous.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<bool>,
+}
+
+/// A class's network defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClassNetwork {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<Vlan>,
+    /// Drop frames whose source MAC is not the VF's. Default true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoof_check: Option<bool>,
+    /// Let the guest change its MAC and go promiscuous. Default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<bool>,
+}
+
+/// A network setting that a class may let its claims choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum NetworkField {
+    MacAddress,
+    Vlan,
+    SpoofCheck,
+    Trust,
+}
+
+/// What the controller granted: every setting decided, nothing left to default.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GrantedNetwork {
+    #[schemars(length(max = 17))]
+    pub mac_address: String,
+    /// Absent: untagged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<Vlan>,
+    pub spoof_check: bool,
+    pub trust: bool,
+}

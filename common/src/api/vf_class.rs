@@ -1,0 +1,106 @@
+//! `VFClass`: from which PFs a claim's VF comes and what a claim may choose.
+
+use std::collections::BTreeMap;
+
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{ClassNetwork, NetworkField};
+
+/// A kind of VF that tenants can ask for. On the host it decides; its copies in
+/// guest clusters carry no selector and are for information.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "sriov.harvesterhci.io",
+    version = "v1alpha1",
+    kind = "VFClass",
+    plural = "vfclasses",
+    shortname = "vfcl",
+    category = "sriov",
+    derive = "PartialEq",
+    doc = "VFClass says which physical functions VFs come from, their network defaults, and what a claim may choose.",
+    printcolumn(
+        name = "Description",
+        type_ = "string",
+        json_path = ".spec.description"
+    ),
+    printcolumn(
+        name = "Default",
+        type_ = "string",
+        json_path = ".metadata.annotations.sriov\\.harvesterhci\\.io/is-default-class"
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
+)]
+#[serde(rename_all = "camelCase")]
+pub struct VFClassSpec {
+    /// For the people who choose among classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub description: Option<String>,
+    /// Which PFs. Empty: every managed PF.
+    #[serde(default)]
+    pub pf_selector: PfSelector,
+    /// Defaults of the VF's network settings.
+    #[serde(default)]
+    pub network: ClassNetwork,
+    /// The network settings that a claim may choose; asking for another is
+    /// refused. A tenant must not grant itself trust, so the default is MacAddress alone.
+    #[serde(default = "default_overrides")]
+    #[schemars(length(max = 8))]
+    pub allowed_overrides: Vec<NetworkField>,
+    /// The number of VFs an idle PF of this class is given when its
+    /// `PhysicalFunction` says nothing. Left out: as many as it can have.
+    #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub num_vfs: Option<u16>,
+}
+
+fn default_overrides() -> Vec<NetworkField> {
+    vec![NetworkField::MacAddress]
+}
+
+/// All given fields must match; within a list any entry matches.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PfSelector {
+    /// Kernel drivers of the PF, such as `igb`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(max = 64)))]
+    pub drivers: Vec<String>,
+    /// PCI vendor ids of the PF, four hex digits.
+    #[serde(default, rename = "vendorIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 16),
+        inner(length(max = 4), regex(pattern = r"^[0-9a-f]{4}$"))
+    )]
+    pub vendor_ids: Vec<String>,
+    /// PCI device ids of the PF, four hex digits.
+    #[serde(default, rename = "deviceIDs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 16),
+        inner(length(max = 4), regex(pattern = r"^[0-9a-f]{4}$"))
+    )]
+    pub device_ids: Vec<String>,
+    /// PCI addresses of the PF, as in `0000:03:00.0`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        inner(
+            length(max = 12),
+            regex(pattern = r"^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")
+        )
+    )]
+    pub pci_addresses: Vec<String>,
+    /// Network interfaces of the PF.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 15)))]
+    pub interface_names: Vec<String>,
+    /// Labels of the host node.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+}

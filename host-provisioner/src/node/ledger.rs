@@ -1,0 +1,185 @@
+//! Which claim has which VF, in this process: the point where allocation is
+//! serialized, so that one VF never goes to two claims however stale a cache
+//! is. Pure; the caller holds it behind a mutex and does no I/O meanwhile.
+//!
+//! An entry is made before the claim is written and leaves only on a positive
+//! answer: the API server showed the claim without a device, or without that
+//! UID. A timed-out write leaves its entry in place.
+
+use std::collections::HashMap;
+
+use common::api::{ClaimRef, VFClaim};
+use thiserror::Error;
+
+/// A VF by the PF it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VfKey {
+    /// Name of the `PhysicalFunction` object.
+    pub physical_function: String,
+    pub index: u16,
+}
+
+/// A claim's hold on a VF.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub vf: VfKey,
+    pub claim: ClaimRef,
+    /// The granted MAC, lower case: one MAC is used once on a PF.
+    pub mac_address: String,
+    /// The launcher's pod: claims may share an IOMMU group only in one VM.
+    pub pod_uid: String,
+    /// An attachment is recorded.
+    pub attached: bool,
+}
+
+/// Two claims that name one VF: neither may be acted on.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error(
+    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached must be deleted"
+)]
+pub struct Doubled {
+    pub physical_function: String,
+    pub index: u16,
+    pub holder: String,
+    pub other: String,
+}
+
+/// The ledger: claims by UID.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    entries: HashMap<String, Entry>,
+}
+
+impl Ledger {
+    /// The entry that a claim's own status asks for; `None` when it has no device.
+    #[must_use]
+    pub fn entry_of(claim: &VFClaim) -> Option<Entry> {
+        let status = claim.status.as_ref()?;
+        let device = status.device.as_ref()?;
+        Some(Entry {
+            vf: VfKey {
+                physical_function: device.physical_function.clone(),
+                index: device.vf_index,
+            },
+            claim: claim_ref(claim),
+            mac_address: status
+                .admitted
+                .as_ref()
+                .map(|a| a.network.mac_address.to_ascii_lowercase())
+                .unwrap_or_default(),
+            pod_uid: status.launcher.as_ref().map(|l| l.pod_uid.clone()).unwrap_or_default(),
+            attached: status.attachment.is_some(),
+        })
+    }
+
+    /// Enters what the API server says of a claim, or takes it out when the
+    /// claim has no device. The claim must come from a consistent read.
+    pub fn observe(&mut self, claim: &VFClaim) -> Result<(), Doubled> {
+        let Some(uid) = claim.metadata.uid.as_deref() else { return Ok(()) };
+        match Self::entry_of(claim) {
+            None => {
+                self.entries.remove(uid);
+                Ok(())
+            }
+            Some(entry) => self.enter(entry),
+        }
+    }
+
+    /// Enters a choice before it is written.
+    pub fn enter(&mut self, entry: Entry) -> Result<(), Doubled> {
+        if let Some(holder) = self.holder(&entry.vf)
+            && holder.claim.uid != entry.claim.uid
+        {
+            return Err(Doubled {
+                physical_function: entry.vf.physical_function,
+                index: entry.vf.index,
+                holder: name(&holder.claim),
+                other: name(&entry.claim),
+            });
+        }
+        self.entries.insert(entry.claim.uid.clone(), entry);
+        Ok(())
+    }
+
+    /// Takes a claim out: a consistent read showed that this UID is gone.
+    pub fn forget(&mut self, claim_uid: &str) {
+        self.entries.remove(claim_uid);
+    }
+
+    /// The entry of a claim.
+    #[must_use]
+    pub fn of(&self, claim_uid: &str) -> Option<&Entry> {
+        self.entries.get(claim_uid)
+    }
+
+    /// Who has a VF.
+    #[must_use]
+    pub fn holder(&self, vf: &VfKey) -> Option<&Entry> {
+        self.entries.values().find(|entry| entry.vf == *vf)
+    }
+
+    /// All entries of one PF.
+    pub fn on<'a>(&'a self, physical_function: &'a str) -> impl Iterator<Item = &'a Entry> {
+        self.entries.values().filter(move |e| e.vf.physical_function == physical_function)
+    }
+
+    /// Other claims with a recorded attachment in the same launcher.
+    #[must_use]
+    pub fn others_attached_in(&self, pod_uid: &str, except_claim: &str) -> usize {
+        self.entries
+            .values()
+            .filter(|e| e.attached && e.pod_uid == pod_uid && e.claim.uid != except_claim)
+            .count()
+    }
+}
+
+/// The reference of a claim.
+#[must_use]
+pub fn claim_ref(claim: &VFClaim) -> ClaimRef {
+    ClaimRef {
+        namespace: claim.metadata.namespace.clone().unwrap_or_default(),
+        name: claim.metadata.name.clone().unwrap_or_default(),
+        uid: claim.metadata.uid.clone().unwrap_or_default(),
+    }
+}
+
+fn name(claim: &ClaimRef) -> String {
+    format!("{}/{}", claim.namespace, claim.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(uid: &str, index: u16) -> Entry {
+        Entry {
+            vf: VfKey { physical_function: "n-1".into(), index },
+            claim: ClaimRef { namespace: "ns".into(), name: uid.into(), uid: uid.into() },
+            mac_address: String::new(),
+            pod_uid: "pod".into(),
+            attached: false,
+        }
+    }
+
+    #[test]
+    fn a_vf_goes_to_one_claim() {
+        let mut ledger = Ledger::default();
+        ledger.enter(entry("a", 0)).unwrap();
+        ledger.enter(entry("a", 0)).unwrap();
+        assert_eq!(ledger.enter(entry("b", 0)).unwrap_err().holder, "ns/a");
+        ledger.enter(entry("b", 1)).unwrap();
+        ledger.forget("a");
+        ledger.enter(entry("c", 0)).unwrap();
+        assert_eq!(ledger.on("n-1").count(), 2);
+    }
+
+    #[test]
+    fn others_in_the_same_launcher_are_counted_when_attached() {
+        let mut ledger = Ledger::default();
+        ledger.enter(entry("a", 0)).unwrap();
+        ledger.enter(Entry { attached: true, ..entry("b", 1) }).unwrap();
+        assert_eq!(ledger.others_attached_in("pod", "a"), 1);
+        assert_eq!(ledger.others_attached_in("pod", "b"), 0);
+        assert_eq!(ledger.others_attached_in("elsewhere", "a"), 0);
+    }
+}

@@ -1,0 +1,310 @@
+//! What to do next about one claim: the attach and release state machine, as a
+//! plain function over what is known. No I/O, no clock.
+//!
+//! The claim's status is the write-ahead log: `device` is recorded before a VF
+//! is touched, `attachment` before `device_add`. The planner asks for facts
+//! (`Step::LookAt…`) only when the decision depends on them, so that an idle
+//! claim costs no syscall. After every step the executor forgets what the step
+//! may have changed and asks again, which is also how a restarted agent finds
+//! its place.
+
+use common::api::reason;
+
+/// What the claim itself says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClaimFacts {
+    /// It has a deletionTimestamp.
+    pub deleting: bool,
+    /// The controller granted it and found its VM and launcher.
+    pub bound: bool,
+    pub device: bool,
+    pub attachment: bool,
+}
+
+/// The claim's VF as the host kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Vf {
+    /// The PF has no VF of that index.
+    Absent,
+    /// No driver: free.
+    Driverless,
+    /// On vfio-pci and its group opened for us: free.
+    VfioFree,
+    /// On vfio-pci and somebody holds its group.
+    VfioHeld,
+    /// Another driver has it.
+    OtherDriver(String),
+}
+
+/// The VF and how far it is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfSeen {
+    pub vf: Vf,
+    /// The kernel's readback equals what was granted.
+    pub configured: bool,
+    /// Driverless and nothing of a holder is left on it.
+    pub clean: bool,
+}
+
+/// The device inside QEMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InQemu {
+    Absent,
+    /// QEMU has it, the guest has not given it addresses yet.
+    Plugged,
+    /// The guest gave it addresses; its PCI address there.
+    Configured(String),
+}
+
+/// The QEMU process that the claim is about: the attachment's when there is
+/// one, else the launcher's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Qemu {
+    /// No such process: another boot, the pod is gone, or QEMU ended.
+    Gone,
+    /// It runs, but a VF must not be plugged into it.
+    Unsupported { reason: &'static str, message: String },
+    Running(InQemu),
+}
+
+/// Facts gathered so far; `None` is "not looked yet".
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    pub vf: Option<VfSeen>,
+    pub qemu: Option<Qemu>,
+}
+
+/// Why a claim has to wait; becomes a condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wait {
+    pub reason: &'static str,
+    pub message: String,
+}
+
+/// The next thing to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    LookAtVf,
+    LookAtQemu,
+    /// Choose a VF and record it in the claim.
+    Allocate,
+    /// Make the PF's VFs; the PF has none.
+    CreateVfs,
+    /// Configure the VF and bind it to vfio-pci.
+    Prepare,
+    /// Choose a port and record the attachment in the claim.
+    RecordAttachment,
+    /// Open the gates, `device_add`, close the gates.
+    Plug,
+    /// Wait for the guest to configure the device.
+    AwaitGuest,
+    /// Report the attached device.
+    ReportAttached { guest_address: String },
+    /// The QEMU of the attachment is gone: clear it and begin again.
+    ForgetAttachment,
+    /// `device_del` and wait for DEVICE_DELETED.
+    Unplug,
+    /// Close what is left of the gates, reset the VF and leave it driverless.
+    Clean,
+    /// Clear device and attachment in the claim.
+    ClearDevice,
+    /// Report why nothing can be done now; something will change it.
+    Wait(Wait),
+    /// Nothing to do.
+    Rest,
+}
+
+fn wait(reason: &'static str, message: impl Into<String>) -> Step {
+    Step::Wait(Wait { reason, message: message.into() })
+}
+
+/// The next step for a claim.
+#[must_use]
+pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
+    if claim.deleting { release(claim, seen) } else { attach(claim, seen) }
+}
+
+fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
+    if !claim.bound {
+        return Step::Rest;
+    }
+    if !claim.device {
+        return Step::Allocate;
+    }
+    let Some(vf) = &seen.vf else {
+        if claim.attachment && seen.qemu.is_none() {
+            // An attached claim is judged by QEMU first: its group is held and
+            // must not be probed needlessly.
+            return Step::LookAtQemu;
+        }
+        return match &seen.qemu {
+            Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
+            Some(Qemu::Running(InQemu::Configured(address))) => {
+                Step::ReportAttached { guest_address: address.clone() }
+            }
+            _ => Step::LookAtVf,
+        };
+    };
+    if claim.attachment { attach_recorded(vf, seen) } else { attach_new(vf, seen) }
+}
+
+/// The way up to the recorded attachment: nothing of QEMU's is touched yet.
+fn attach_new(vf: &VfSeen, seen: &Seen) -> Step {
+    if let Some(step) = make_ready(vf) {
+        return step;
+    }
+    match &seen.qemu {
+        None => Step::LookAtQemu,
+        Some(Qemu::Gone) => wait(
+            reason::VM_NOT_RUNNING,
+            "the VM's QEMU process is not running on this node; the VF is attached when it runs",
+        ),
+        Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
+        Some(Qemu::Running(_)) => Step::RecordAttachment,
+    }
+}
+
+/// What is still to be done to the VF before a QEMU may have it.
+fn make_ready(vf: &VfSeen) -> Option<Step> {
+    match &vf.vf {
+        Vf::Absent => Some(Step::CreateVfs),
+        Vf::VfioHeld => Some(wait(
+            reason::PENDING,
+            "another process holds the VF's vfio group open; it is left alone until that process closes it",
+        )),
+        Vf::OtherDriver(driver) => Some(wait(
+            reason::PENDING,
+            format!(
+                "the kernel driver {driver} has the VF; it is left alone until it is unbound from {driver}"
+            ),
+        )),
+        Vf::Driverless => Some(Step::Prepare),
+        Vf::VfioFree if !vf.configured => Some(Step::Prepare),
+        Vf::VfioFree => None,
+    }
+}
+
+fn attach_recorded(vf: &VfSeen, seen: &Seen) -> Step {
+    match &seen.qemu {
+        None => Step::LookAtQemu,
+        Some(Qemu::Gone) => match vf.vf {
+            // vhost threads of a dead QEMU may still hold the group.
+            Vf::VfioHeld => wait(
+                reason::VM_NOT_RUNNING,
+                "the VM's QEMU ended and the kernel still holds the VF's vfio group; waiting for it to be let go",
+            ),
+            _ => Step::ForgetAttachment,
+        },
+        Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
+        Some(Qemu::Running(InQemu::Absent)) => make_ready(vf).unwrap_or(Step::Plug),
+        Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
+        Some(Qemu::Running(InQemu::Configured(address))) => {
+            Step::ReportAttached { guest_address: address.clone() }
+        }
+    }
+}
+
+fn release(claim: ClaimFacts, seen: &Seen) -> Step {
+    if !claim.device {
+        return Step::Rest;
+    }
+    if claim.attachment {
+        match &seen.qemu {
+            None => return Step::LookAtQemu,
+            Some(Qemu::Running(InQemu::Plugged | InQemu::Configured(_))) => return Step::Unplug,
+            // A VM that would be refused today may hold what it got yesterday;
+            // nothing is known of the device, so nothing is done to the VF.
+            Some(Qemu::Unsupported { reason, message }) => return wait(reason, message.clone()),
+            Some(Qemu::Gone | Qemu::Running(InQemu::Absent)) => {}
+        }
+    }
+    let Some(vf) = &seen.vf else { return Step::LookAtVf };
+    match &vf.vf {
+        Vf::VfioHeld if claim.attachment => wait(
+            reason::UNPLUG_PENDING,
+            "the device left QEMU and the kernel still holds the VF's vfio group; the VF is freed when it is let go",
+        ),
+        // It was never ours in deed: whoever has it keeps it, the claim lets go.
+        Vf::VfioHeld | Vf::OtherDriver(_) if !claim.attachment => Step::ClearDevice,
+        Vf::OtherDriver(_) | Vf::VfioHeld | Vf::Absent => Step::ClearDevice,
+        Vf::Driverless if vf.clean => Step::ClearDevice,
+        Vf::Driverless | Vf::VfioFree => Step::Clean,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
+        ClaimFacts { deleting, bound: true, device, attachment }
+    }
+
+    fn vf(vf: Vf, configured: bool, clean: bool) -> Option<VfSeen> {
+        Some(VfSeen { vf, configured, clean })
+    }
+
+    #[test]
+    fn a_claim_goes_up_step_by_step() {
+        let mut seen = Seen::default();
+        assert_eq!(next_step(claim(false, false, false), &seen), Step::Allocate);
+        assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtVf);
+        seen.vf = vf(Vf::Absent, false, false);
+        assert_eq!(next_step(claim(false, true, false), &seen), Step::CreateVfs);
+        seen.vf = vf(Vf::Driverless, false, true);
+        assert_eq!(next_step(claim(false, true, false), &seen), Step::Prepare);
+        seen.vf = vf(Vf::VfioFree, true, false);
+        assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtQemu);
+        seen.qemu = Some(Qemu::Running(InQemu::Absent));
+        assert_eq!(next_step(claim(false, true, false), &seen), Step::RecordAttachment);
+        assert_eq!(next_step(claim(false, true, true), &seen), Step::Plug);
+        seen.qemu = Some(Qemu::Running(InQemu::Plugged));
+        assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
+        seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
+        assert_eq!(
+            next_step(claim(false, true, true), &seen),
+            Step::ReportAttached { guest_address: "0000:05:00.0".into() }
+        );
+    }
+
+    #[test]
+    fn an_attached_claim_is_judged_by_qemu_before_its_group_is_probed() {
+        assert_eq!(next_step(claim(false, true, true), &Seen::default()), Step::LookAtQemu);
+        let seen = Seen { qemu: Some(Qemu::Running(InQemu::Plugged)), vf: None };
+        assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
+    }
+
+    #[test]
+    fn release_touches_the_vf_only_when_qemu_let_go_and_the_group_opens() {
+        let mut seen = Seen::default();
+        assert_eq!(next_step(claim(true, true, true), &seen), Step::LookAtQemu);
+        seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
+        for held in [Vf::VfioHeld, Vf::VfioFree, Vf::Driverless] {
+            seen.vf = vf(held, true, false);
+            assert_eq!(next_step(claim(true, true, true), &seen), Step::Unplug);
+        }
+        seen.qemu = Some(Qemu::Running(InQemu::Absent));
+        seen.vf = vf(Vf::VfioHeld, true, false);
+        assert!(matches!(next_step(claim(true, true, true), &seen), Step::Wait(_)));
+        seen.vf = vf(Vf::VfioFree, true, false);
+        assert_eq!(next_step(claim(true, true, true), &seen), Step::Clean);
+        seen.vf = vf(Vf::Driverless, false, true);
+        assert_eq!(next_step(claim(true, true, true), &seen), Step::ClearDevice);
+        assert_eq!(next_step(claim(true, false, false), &seen), Step::Rest);
+    }
+
+    #[test]
+    fn what_somebody_else_has_is_never_cleaned() {
+        for foreign in [Vf::VfioHeld, Vf::OtherDriver("igbvf".into())] {
+            let seen = Seen { vf: vf(foreign.clone(), false, false), qemu: None };
+            assert_eq!(next_step(claim(true, true, false), &seen), Step::ClearDevice);
+            assert!(matches!(next_step(claim(false, true, false), &seen), Step::Wait(_)));
+        }
+    }
+
+    #[test]
+    fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
+        let facts = ClaimFacts { deleting: false, bound: false, device: false, attachment: false };
+        assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
+    }
+}
