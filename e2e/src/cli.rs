@@ -1,5 +1,7 @@
 //! The command line: reads arguments, sets up what all commands need, calls one of them.
 
+mod test;
+
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
@@ -8,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
-use e2e::{cache, exec, interrupt, oci_runtime, progress, tools};
+use e2e::{cache, exec, interrupt, logs, mutants, oci_runtime, progress, runner, scenarios, tools};
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.
 #[derive(Parser)]
@@ -28,6 +30,24 @@ enum Verb {
     Down,
     /// Show what of the data centre runs
     Status,
+    /// Run all tests, or the scenarios whose name contains one of the words
+    Test {
+        /// Words of scenario names
+        names: Vec<String>,
+        /// Leave a data centre that this run set up running
+        #[arg(long)]
+        keep: bool,
+        /// List the scenarios and end
+        #[arg(long)]
+        list: bool,
+    },
+    /// Collect the logs of every part of the running data centre
+    Logs,
+    /// Break the code on purpose and expect the tests to go red
+    Mutants {
+        /// Words of patch names
+        names: Vec<String>,
+    },
 }
 
 impl Verb {
@@ -37,6 +57,9 @@ impl Verb {
             Self::Up => "up",
             Self::Down => "down",
             Self::Status => "status",
+            Self::Test { .. } => "test",
+            Self::Logs => "logs",
+            Self::Mutants { .. } => "mutants",
         }
     }
 }
@@ -108,16 +131,36 @@ async fn run(verb: Verb) -> Result<()> {
             context::down(&Ctx::prepare(paths)?)
         }
         Verb::Status => status(paths).await,
+        Verb::Test { list: true, .. } => {
+            for s in scenarios::all() {
+                println!("{:<28} {}", s.name, s.shows);
+            }
+            Ok(())
+        }
+        Verb::Test { names, keep, .. } => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            test::run(paths, &names, keep).await
+        }
+        Verb::Logs => {
+            let dc = DataCentre::find(Ctx::prepare(paths)?)
+                .await?
+                .context("nothing runs")?;
+            println!("{}", logs::collect(&dc)?.display());
+            Ok(())
+        }
+        Verb::Mutants { names } => {
+            let ctx = Ctx::prepare(paths)?;
+            let count = mutants::run(&ctx.paths, &names)?;
+            runner::summary(count, ctx.paths.run_logs());
+            anyhow::ensure!(count.failed == 0, "some breaks went unnoticed");
+            Ok(())
+        }
     }
 }
 
 async fn up(paths: Paths) -> Result<()> {
     let ctx = Ctx::prepare(paths)?;
-    let made = tokio::select! {
-        r = DataCentre::up(ctx.clone()) => r,
-        stop = interrupt::wait() => Err(stop.into()),
-    };
-    match made {
+    match made(&ctx).await {
         Ok(dc) => {
             print_access(&dc);
             Ok(())
@@ -128,6 +171,14 @@ async fn up(paths: Paths) -> Result<()> {
             Err(e)
         }
         Err(e) => Err(e.context("the data centre is not complete; `cargo e2e down` removes it")),
+    }
+}
+
+/// The data centre, unless it fails or the user interrupts.
+async fn made(ctx: &Ctx) -> Result<DataCentre> {
+    tokio::select! {
+        r = DataCentre::up(ctx.clone()) => r,
+        stop = interrupt::wait() => Err(stop.into()),
     }
 }
 

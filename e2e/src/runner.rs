@@ -1,0 +1,199 @@
+//! Runs the tests: cargo's own first, then the scenarios, and counts them as one.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::context::DataCentre;
+use crate::exec::Cmd;
+use crate::paths::Paths;
+use crate::progress::{self, clock};
+use crate::scenarios::Scenario;
+use crate::{interrupt, tools};
+
+/// How many tests went which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    pub passed: u64,
+    pub failed: u64,
+}
+
+impl Count {
+    /// Both counts added.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+        }
+    }
+
+    /// The summary line.
+    #[must_use]
+    pub fn line(self) -> String {
+        format!("{} passed, {} failed", self.passed, self.failed)
+    }
+}
+
+/// Longest the whole of cargo's tests may take, compilation included.
+const UNIT: Duration = Duration::from_secs(60 * 60);
+/// Longest one scenario may take.
+const SCENARIO: Duration = Duration::from_secs(15 * 60);
+
+/// The cargo that runs us, else the one of `PATH`.
+pub(crate) fn cargo() -> Cmd {
+    Cmd::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs `cargo test` of the workspace with the API server's programs at hand.
+pub fn unit(paths: &Paths) -> Result<Count> {
+    let log = paths.run_logs().join("cargo-test.log");
+    let out = progress::step("unit and API-server tests (cargo test --workspace)", |_| {
+        cargo()
+            .args(["test", "--workspace", "--no-fail-fast", "--color=never"])
+            .cwd(paths.source())
+            .env("KUBEBUILDER_ASSETS", tools::assets(paths))
+            .stdout_file(&log)
+            .timeout(UNIT)
+            .status()
+    })?;
+    let text = std::fs::read_to_string(&log).with_context(|| log.display().to_string())?;
+    let seen = read_libtest(&text);
+    for name in &seen.failures {
+        progress::line(&format!("FAILED {name}"));
+    }
+    if seen.ignored > 0 {
+        progress::line(&format!(
+            "{} tests are ignored: they count as failed",
+            seen.ignored
+        ));
+    }
+    let mut count = Count {
+        failed: seen.count.failed + seen.ignored,
+        ..seen.count
+    };
+    if !out.status.success() {
+        progress::line(&format!("cargo test {}; see {}", out.status, log.display()));
+        if count.failed == 0 {
+            // It did not compile, or a test program died before it could count.
+            count.failed = 1;
+            progress::line(&last_lines(&String::from_utf8_lossy(&out.stderr), 30));
+        }
+    } else if count.passed == 0 {
+        anyhow::bail!("cargo test ran nothing; see {}", log.display());
+    }
+    progress::line(&format!("cargo's tests: {}", count.line()));
+    Ok(count)
+}
+
+fn last_lines(text: &str, n: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .get(lines.len().saturating_sub(n)..)
+        .unwrap_or_default()
+        .join("\n")
+}
+
+/// What libtest's output says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) count: Count,
+    ignored: u64,
+    pub(crate) failures: Vec<String>,
+}
+
+/// Adds up the `test result:` lines; every test program ends with one.
+pub(crate) fn read_libtest(text: &str) -> Seen {
+    let mut seen = Seen::default();
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("test result: ") {
+            for part in rest.split([';', '.']) {
+                let mut words = part.split_ascii_whitespace();
+                let n = words.next().and_then(|w| w.parse::<u64>().ok());
+                match (n, words.next()) {
+                    (Some(n), Some("passed")) => seen.count.passed += n,
+                    (Some(n), Some("failed")) => seen.count.failed += n,
+                    (Some(n), Some("ignored")) => seen.ignored += n,
+                    _ => {}
+                }
+            }
+        } else if let Some(name) = line
+            .strip_prefix("test ")
+            .and_then(|l| l.strip_suffix(" ... FAILED"))
+        {
+            seen.failures.push(name.to_owned());
+        }
+    }
+    seen
+}
+
+/// Runs `scenarios` one after another; a failed one does not stop the others.
+pub async fn scenarios(dc: &DataCentre, scenarios: &[Scenario]) -> Result<Count> {
+    let mut count = Count::default();
+    for s in scenarios {
+        let begun = Instant::now();
+        let step = progress::Step::begin(&format!("{}: {}", s.name, s.shows));
+        let result = tokio::select! {
+            r = tokio::time::timeout(SCENARIO, (s.run)(dc)) => r
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("did not end within {SCENARIO:?}"))),
+            stop = interrupt::wait() => return Err(stop.into()),
+        };
+        let took = clock(begun.elapsed());
+        match result {
+            Ok(()) => {
+                step.done();
+                println!("ok      {} ({took})", s.name);
+                count.passed += 1;
+            }
+            Err(e) => {
+                drop(step);
+                println!("FAILED  {} ({took}): {e:#}", s.name);
+                count.failed += 1;
+            }
+        }
+    }
+    Ok(count)
+}
+
+/// The last lines of a run: where the logs are if something failed, then the counts.
+pub fn summary(count: Count, logs: &Path) {
+    if count.failed > 0 {
+        println!("logs of every part: {}", logs.display());
+    }
+    println!("{}", count.line());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adds_up_every_program_and_names_what_failed() {
+        let text = "running 2 tests\ntest a::b ... ok\ntest a::c ... FAILED\n\
+            test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n\
+            test result: ok. 40 passed; 0 failed; 2 ignored; 0 measured; 7 filtered out; finished in 1.00s\n";
+        let seen = read_libtest(text);
+        assert_eq!(
+            seen.count,
+            Count {
+                passed: 41,
+                failed: 1
+            }
+        );
+        assert_eq!(seen.ignored, 2);
+        assert_eq!(seen.failures, ["a::c"]);
+    }
+
+    #[test]
+    fn summary_line() {
+        assert_eq!(
+            Count {
+                passed: 3,
+                failed: 0
+            }
+            .line(),
+            "3 passed, 0 failed"
+        );
+    }
+}

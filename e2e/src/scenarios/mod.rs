@@ -1,0 +1,67 @@
+//! The hardware scenarios: what each shows, and the registry the runner reads.
+//!
+//! A scenario is given a running data centre, leaves it as it found it, and fails with an
+//! error that says what was seen.
+
+mod clusters;
+
+use futures::future::BoxFuture;
+
+use crate::context::DataCentre;
+
+/// What a scenario runs.
+pub type Run = for<'a> fn(&'a DataCentre) -> BoxFuture<'a, anyhow::Result<()>>;
+
+/// One scenario.
+#[derive(Clone, Copy)]
+pub struct Scenario {
+    /// Short, unique, with hyphens.
+    pub name: &'static str,
+    /// What it shows, in one sentence.
+    pub shows: &'static str,
+    pub run: Run,
+}
+
+/// All scenarios in the order they run.
+#[must_use]
+pub fn all() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    all.extend(clusters::scenarios());
+    all
+}
+
+/// Those whose name contains one of `words`; all if there are none. An error names the
+/// word that matches nothing.
+pub fn matching(words: &[String]) -> anyhow::Result<Vec<Scenario>> {
+    let all = all();
+    for w in words {
+        if !all.iter().any(|s| s.name.contains(w.as_str())) {
+            let names: Vec<&str> = all.iter().map(|s| s.name).collect();
+            anyhow::bail!(
+                "no scenario is called like {w:?}; there are: {}",
+                names.join(", ")
+            );
+        }
+    }
+    let wanted =
+        |s: &Scenario| words.is_empty() || words.iter().any(|w| s.name.contains(w.as_str()));
+    Ok(all.into_iter().filter(wanted).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_are_unique_and_a_word_that_matches_nothing_is_an_error() {
+        let all = all();
+        let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
+        assert_eq!(names.len(), all.len());
+        assert_eq!(matching(&[]).unwrap().len(), all.len());
+        let Err(e) = matching(&["no-such-thing".into()]) else {
+            panic!("matched")
+        };
+        assert!(e.to_string().contains(all[0].name));
+    }
+}
