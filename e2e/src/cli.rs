@@ -10,7 +10,9 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
-use e2e::{cache, exec, interrupt, logs, mutants, oci_runtime, progress, runner, scenarios, tools};
+use e2e::{
+    cache, exec, interrupt, lint, logs, mutants, oci_runtime, progress, runner, scenarios, tools,
+};
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.
 #[derive(Parser)]
@@ -43,6 +45,8 @@ enum Verb {
     },
     /// Collect the logs of every part of the running data centre
     Logs,
+    /// Check licences, bans and sources of the dependencies against deny.toml
+    Lint,
     /// Break the code on purpose and expect the tests to go red
     Mutants {
         /// Words of patch names
@@ -59,6 +63,7 @@ impl Verb {
             Self::Status => "status",
             Self::Test { .. } => "test",
             Self::Logs => "logs",
+            Self::Lint => "lint",
             Self::Mutants { .. } => "mutants",
         }
     }
@@ -146,6 +151,17 @@ async fn run(verb: Verb) -> Result<()> {
                 .await?
                 .context("nothing runs")?;
             println!("{}", logs::collect(&dc)?.display());
+            Ok(())
+        }
+        Verb::Lint => {
+            let (seen, wrong) = lint::check(&paths)?;
+            wrong.iter().for_each(|w| println!("{w}"));
+            anyhow::ensure!(
+                wrong.is_empty(),
+                "{} of {seen} packages are wrong",
+                wrong.len()
+            );
+            println!("{seen} packages: licences, bans and sources are as deny.toml says");
             Ok(())
         }
         Verb::Mutants { names } => {

@@ -12,6 +12,7 @@ pub mod exec;
 pub mod footprint;
 pub mod interrupt;
 pub mod kubernetes_images;
+pub mod lint;
 pub mod logs;
 pub mod mutants;
 pub mod node_image;
