@@ -43,6 +43,22 @@ enum Verb {
         #[arg(long)]
         list: bool,
     },
+    /// Start the machines of the running data centre
+    Machine,
+    /// Run a shell command in a machine: `l1`, or the name of a VM
+    Run {
+        machine: String,
+        command: String,
+        /// Longest it may take, in seconds
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Play the switch on the managed PF's wire (started by the harness)
+    #[command(hide = true)]
+    Switch(machine::SwitchArgs),
+    /// Hand /dev/kvm to pods (started by the harness, in L1)
+    #[command(hide = true)]
+    DevicePlugin(machine::DevicePluginArgs),
     /// Collect the logs of every part of the running data centre
     Logs,
     /// Check licences, bans and sources of the dependencies against deny.toml
@@ -62,6 +78,10 @@ impl Verb {
             Self::Down => "down",
             Self::Status => "status",
             Self::Test { .. } => "test",
+            Self::Machine => "machine",
+            Self::Run { .. } => "run",
+            Self::Switch(_) => "switch",
+            Self::DevicePlugin(_) => "device-plugin",
             Self::Logs => "logs",
             Self::Lint => "lint",
             Self::Mutants { .. } => "mutants",
@@ -116,6 +136,12 @@ fn as_root() -> Result<()> {
 async fn run(verb: Verb) -> Result<()> {
     // The process has one provider; nobody installed another before.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    // Daemons of the harness: they keep nothing, and end with their signal.
+    match verb {
+        Verb::Switch(args) => return machine::switch(args).await,
+        Verb::DevicePlugin(args) => return machine::device_plugin(args).await,
+        _ => {}
+    }
     interrupt::install()?;
     let paths = Paths::discover(verb.name())?;
     exec::set_log_dir(paths.run_logs());
@@ -146,6 +172,21 @@ async fn run(verb: Verb) -> Result<()> {
             let _one = cache::lock(&paths, "data-centre")?;
             test::run(paths, &names, keep).await
         }
+        Verb::Machine => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            let dc = running(paths).await?;
+            tokio::select! {
+                r = machine::up(&dc) => r.map(|_| ()),
+                stop = interrupt::wait() => Err(stop.into()),
+            }
+        }
+        Verb::Run {
+            machine,
+            command,
+            seconds,
+        } => run_in(paths, &machine, &command, seconds).await,
+        // Handled above.
+        Verb::Switch(_) | Verb::DevicePlugin(_) => Ok(()),
         Verb::Logs => {
             let dc = DataCentre::find(Ctx::prepare(paths)?)
                 .await?
@@ -172,6 +213,27 @@ async fn run(verb: Verb) -> Result<()> {
             Ok(())
         }
     }
+}
+
+async fn running(paths: Paths) -> Result<DataCentre> {
+    DataCentre::find(Ctx::prepare(paths)?)
+        .await?
+        .context("no data centre runs: `cargo e2e up`")
+}
+
+/// Runs a command in a machine and ends with its status.
+async fn run_in(paths: Paths, name: &str, command: &str, seconds: u64) -> Result<()> {
+    let machine = machine::find(&running(paths).await?)?;
+    let limit = std::time::Duration::from_secs(seconds);
+    let out = if name == machine::NODE {
+        machine.l1().run_with(command, &[], limit).await?
+    } else {
+        machine.l2(name).await?.run_with(command, &[], limit).await?
+    };
+    std::io::Write::write_all(&mut std::io::stdout(), &out.stdout)?;
+    std::io::Write::write_all(&mut std::io::stderr(), &out.stderr)?;
+    anyhow::ensure!(out.success(), "it exited with {}", out.status);
+    Ok(())
 }
 
 async fn up(paths: Paths) -> Result<()> {

@@ -70,6 +70,7 @@ pub fn down(ctx: &Ctx) -> Result<()> {
             wrong.push(e.context(name.to_owned()));
         }
     };
+    part("ending the machines", &|| crate::machine::down(&ctx.paths));
     if let Some(docker) = Docker::find(&ctx.paths)? {
         part("deleting the clusters", &|| {
             clusters::down(&ctx.paths, &ctx.tools, &docker)

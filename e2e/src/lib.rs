@@ -15,6 +15,7 @@ pub mod interrupt;
 pub mod kubernetes_images;
 pub mod lint;
 pub mod logs;
+pub mod machine;
 pub mod mutants;
 pub mod node_image;
 pub mod oci_runtime;

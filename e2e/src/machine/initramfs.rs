@@ -13,7 +13,7 @@ use crate::exec::Cmd;
 /// What the root needs before its own udev runs: the disk and its file system. What is
 /// built into the kernel is left out.
 const MODULES: [&str; 3] = ["virtio_blk", "ext4", "crc32c_intel"];
-const INIT: &str = include_str!("files/initramfs-init");
+pub(super) const SOURCE: &str = include_str!("files/initramfs-init");
 
 /// The archive for the kernel whose modules are in `modules` (`/lib/modules/VERSION`).
 pub(super) fn build(busybox: &Path, modules: &Path) -> Result<Vec<u8>> {
@@ -27,7 +27,7 @@ pub(super) fn build(busybox: &Path, modules: &Path) -> Result<Vec<u8>> {
     let data = std::fs::read(busybox).with_context(|| format!("reading {}", busybox.display()))?;
     a.file("bin/busybox", 0o755, &data);
     a.symlink("bin/sh", "busybox");
-    a.file("init", 0o755, INIT.as_bytes());
+    a.file("init", 0o755, SOURCE.as_bytes());
     let mut names = String::new();
     for path in &order {
         let name = module_name(path);

@@ -1,0 +1,149 @@
+//! A tenant's VM as libvirt sees it: its domain XML as a plain function over plain values.
+
+use serde::{Deserialize, Serialize};
+
+/// Namespace of the tenant's VMs in the host's cluster.
+pub const NAMESPACE: &str = "tenant-vms";
+/// Channel ports into a VM.
+const PORTS: usize = 4;
+/// Root ports: enough for libvirt's own devices, KubeVirt's spares and several VFs.
+const ROOT_PORTS: usize = 12;
+/// Where the launcher keeps the sockets of the channel, in its container.
+pub(super) const CHANNEL_DIR: &str = "/var/run/harness-channel";
+/// The disk that lies below the VM's overlay, in its container.
+pub(super) const DISK: &str = "/dev/disk0";
+
+/// What distinguishes one VM from another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Name of the VM and of its node.
+    pub name: String,
+    /// Firmware UUID: the VM's identity in its cluster.
+    pub uuid: String,
+    /// Third byte of its user network 10.0.X.0/24, so that two VMs differ in address.
+    pub network: u8,
+    pub memory_mib: u32,
+    /// Whether it joins the guest's cluster.
+    pub join: bool,
+}
+
+impl Vm {
+    /// The VM of the main story.
+    #[must_use]
+    pub fn first() -> Self {
+        Self {
+            name: "l2a".into(),
+            uuid: "5d307ca9-b3ef-428c-8861-06e72d69f223".into(),
+            network: 2,
+            memory_mib: 2048,
+            join: true,
+        }
+    }
+
+    /// Its address in its user network.
+    #[must_use]
+    pub fn address(&self) -> String {
+        format!("10.0.{}.15", self.network)
+    }
+
+    /// Its card's hardware address.
+    #[must_use]
+    pub fn mac(&self) -> String {
+        format!("52:54:00:00:{:02x}:15", self.network)
+    }
+}
+
+/// `hosts` are `NAME=IP` pairs for the VM's /etc/hosts; `kernel` is a file of /boot.
+pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
+    let hosts: Vec<String> = hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
+    let cmdline = format!(
+        "console=ttyS0 quiet panic=1 no_timer_check harness.role=l2 systemd.hostname={} \
+         systemd.machine_id={} harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
+        vm.name,
+        vm.uuid.replace('-', ""),
+        vm.mac(),
+        vm.address(),
+        vm.network,
+        hosts.join(",")
+    );
+    let ports: String = (1..=ROOT_PORTS)
+        .map(|n| format!("    <controller type='pci' index='{n}' model='pcie-root-port'/>\n"))
+        .collect();
+    let channels: String = (0..PORTS)
+        .map(|n| {
+            format!(
+                "    <channel type='unix'><source mode='bind' path='{CHANNEL_DIR}/{n}.sock'/>\
+                 <target type='virtio' name='harness.{n}'/></channel>\n"
+            )
+        })
+        .collect();
+    // The card and its network by the command line: libvirt's user interface has no
+    // address range, and every VM must have its own.
+    format!(
+        "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{NAMESPACE}_{name}</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>{memory}</memory>
+  <vcpu>2</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>/boot/{kernel}</kernel>
+    <initrd>/boot/initrd-harness</initrd>
+    <cmdline>{cmdline}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <cpu mode='host-passthrough'/>
+  <on_poweroff>destroy</on_poweroff>
+  <on_reboot>restart</on_reboot>
+  <on_crash>destroy</on_crash>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='pci' index='0' model='pcie-root'/>
+{ports}    <controller type='usb' model='none'/>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='unsafe'/>
+      <source file='/var/run/kubevirt-ephemeral-disks/disk.qcow2'/>
+      <backingStore type='block'><format type='raw'/><source dev='{DISK}'/></backingStore>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <serial type='file'><source path='/var/run/kubevirt-private/console.log'/><target port='0'/></serial>
+{channels}    <memballoon model='none'/>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-netdev'/>
+    <qemu:arg value='user,id=tenant,net=10.0.{network}.0/24,host=10.0.{network}.2'/>
+    <qemu:arg value='-device'/>
+    <qemu:arg value='virtio-net-pci,netdev=tenant,mac={mac},romfile=,bus=pcie.0,addr=0x10'/>
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:/var/run/kubevirt/vf-provisioner/qmp.sock,server=on,wait=off'/>
+  </qemu:commandline>
+</domain>
+",
+        name = vm.name,
+        uuid = vm.uuid,
+        memory = vm.memory_mib,
+        network = vm.network,
+        mac = vm.mac(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_vms_share_nothing_that_identifies() {
+        let a = Vm::first();
+        let b = Vm {
+            name: "l2b".into(),
+            network: 3,
+            ..Vm::first()
+        };
+        assert_ne!(a.address(), b.address());
+        assert_ne!(a.mac(), b.mac());
+        let x = xml(&b, "vmlinuz-1", &[("api".into(), "1.2.3.4".into())]);
+        assert!(x.contains("net=10.0.3.0/24") && x.contains("tenant-vms_l2b"));
+        assert!(x.contains("harness.hosts=api=1.2.3.4"));
+        assert_eq!(x.matches("pcie-root-port").count(), ROOT_PORTS);
+    }
+}

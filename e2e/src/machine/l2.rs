@@ -1,0 +1,340 @@
+//! L2, a tenant's VM: makes its objects in the host's cluster, waits until it runs, joins
+//! it to the guest's cluster, and runs commands in it through L1. Writes to both clusters
+//! and, by the launcher, to its pod.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::Api;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use serde_json::{Value, json};
+
+use super::channel::{Output, Request};
+use super::domain::{self, CHANNEL_DIR, NAMESPACE, Vm};
+use super::l1::{self, L1};
+use super::objects;
+use crate::archive;
+use crate::clusters::Cluster;
+use crate::exec::Cmd;
+use crate::paths::Paths;
+use crate::progress;
+use crate::wait::{self, Probe};
+
+/// How long the relay and L1 may take on top of a command.
+const RELAY: Duration = Duration::from_secs(20);
+const BOOT: Duration = Duration::from_secs(600);
+const EVERY: Duration = Duration::from_secs(1);
+const MANAGER: &str = "vf-e2e";
+
+/// A running VM.
+#[derive(Clone, Debug)]
+pub struct L2 {
+    l1: L1,
+    name: String,
+    pod_uid: String,
+    /// Of QEMU, in L1.
+    pid: u32,
+}
+
+impl L2 {
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// UID of the launcher pod.
+    #[must_use]
+    pub fn pod_uid(&self) -> &str {
+        &self.pod_uid
+    }
+
+    /// QEMU's process in L1.
+    #[must_use]
+    pub fn qemu_pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Runs a shell command as root in the VM; any exit status is a result. At most a minute.
+    pub async fn run(&self, command: &str) -> Result<Output> {
+        self.run_with(command, &[], Duration::from_secs(60)).await
+    }
+
+    /// Like [`Self::run`], but an exit status other than 0 is an error.
+    pub async fn ok(&self, command: &str) -> Result<Output> {
+        self.run(command).await?.ok(command)
+    }
+
+    /// Runs a shell command with `stdin`, for at most `limit`.
+    pub async fn run_with(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
+        let request = Request::new(command, stdin, limit);
+        let relay = format!(
+            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR} {}",
+            self.pid,
+            (limit + RELAY / 2).as_secs()
+        );
+        let line = format!("{}\n", request.line());
+        let out = self
+            .l1
+            .run_with(&relay, line.as_bytes(), limit + RELAY)
+            .await?
+            .ok(&relay)
+            .with_context(|| format!("running `{command}` in {}", self.name))?;
+        request
+            .answer(&String::from_utf8_lossy(&out.stdout))?
+            .with_context(|| format!("{} answered another request", self.name))
+    }
+}
+
+/// What L1 and the host's cluster need before the first VM: the VMI's definition, the
+/// namespace, the launcher's image and the device plugin.
+pub(super) async fn prepare(l1: &L1, host: &Cluster, paths: &Paths) -> Result<()> {
+    progress::step_async("preparing L1 for VMs", async {
+        apply(host, &objects::definition()).await?;
+        let crds: Api<CustomResourceDefinition> = Api::all(host.client());
+        let name = "virtualmachineinstances.kubevirt.io";
+        wait::until("the VMI's definition", Duration::from_secs(60), EVERY, || async {
+            let crd = crds.get(name).await?;
+            let conditions = crd.status.and_then(|s| s.conditions).unwrap_or_default();
+            let ok = conditions
+                .iter()
+                .any(|c| c.type_ == "Established" && c.status == "True");
+            Ok(Probe::of::<String>(Ok(ok.then_some(())), "not established"))
+        })
+        .await?;
+        apply(host, &json!({
+            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE},
+        }))
+        .await?;
+        l1.import_image(&launcher_image(paths)?).await?;
+        start_plugin(l1).await
+    })
+    .await
+}
+
+/// The launcher's image: links into L1's /usr, users, and empty folders.
+fn launcher_image(paths: &Paths) -> Result<std::path::PathBuf> {
+    let dir = tempfile::tempdir_in(paths.state())?;
+    let root = dir.path().join("root");
+    for d in [
+        "usr", "boot", "etc/harness-vm", "etc/libvirt", "run", "tmp", "proc", "sys", "dev",
+        "var/lib", "var/log", "var/cache",
+    ] {
+        std::fs::create_dir_all(root.join(d))?;
+    }
+    for l in ["bin", "sbin", "lib", "lib64"] {
+        std::os::unix::fs::symlink(format!("usr/{l}"), root.join(l))?;
+    }
+    std::os::unix::fs::symlink("/run", root.join("var/run"))?;
+    for (path, text) in [
+        ("etc/passwd", "root:x:0:0::/:/bin/bash\nqemu:x:107:107::/:/bin/bash\n"),
+        ("etc/group", "root:x:0:\nqemu:x:107:\n"),
+        ("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n"),
+        ("etc/machine-id", "11111111000040008000000000000107\n"),
+    ] {
+        std::fs::write(root.join(path), text)?;
+    }
+    let out = paths.state().join("launcher.tar");
+    let image = archive::Image {
+        name: objects::LAUNCHER_IMAGE,
+        entrypoint: &["/usr/lib/harness/launcher"],
+        env: &[],
+        user: "107:107",
+    };
+    archive::write(&root, &image, &out)?;
+    Ok(out)
+}
+
+/// This very program serves /dev/kvm to pods, as a service of L1. It runs with the
+/// libraries it was linked with, which may be newer or older than the image's.
+async fn start_plugin(l1: &L1) -> Result<()> {
+    let exe = std::env::current_exe()?;
+    let program = l1.bring(&exe)?;
+    let mut loader = None;
+    for word in Cmd::new("ldd").arg(&exe).text()?.split_ascii_whitespace() {
+        if word.starts_with('/') {
+            let place = l1.bring(Path::new(word))?;
+            if word.contains("/ld-linux") {
+                loader = Some(place);
+            }
+        }
+    }
+    let loader = loader.context("the harness has no dynamic loader")?;
+    let command = format!(
+        "systemctl is-active -q harness-device-plugin || {{ \
+         systemctl reset-failed harness-device-plugin 2>/dev/null; \
+         systemd-run --unit=harness-device-plugin -p Restart=always -p RestartSec=2 \
+         {loader} --library-path /harness {program} device-plugin; }}"
+    );
+    l1.ok(&command).await?;
+    Ok(())
+}
+
+/// Makes the VM's objects, waits until it answers and, if asked, until it is a node.
+pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Result<L2> {
+    let hosts = [host, guest].map(|c| (c.node(), c.address.clone()));
+    let xml = domain::xml(vm, &l1.kernel, &hosts);
+    let vmi = apply(host, &objects::vmi(vm)).await?;
+    let uid = vmi.metadata.uid.context("a VMI without uid")?;
+    for object in [
+        objects::volume(vm),
+        objects::volume_claim(vm),
+        objects::config(vm, &xml),
+    ] {
+        apply(host, &object).await?;
+    }
+    let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
+    if pods.get_opt(&objects::pod_name(&vm.name)).await?.is_none() {
+        apply(host, &objects::pod(vm, &uid)).await?;
+    }
+    let l2 = progress::step_async(
+        &format!("starting the VM {} in its launcher pod", vm.name),
+        wait::until(&format!("VM {} to answer", vm.name), BOOT, EVERY, || async {
+            Ok(Probe::of(answers(l1, host, &vm.name).await.map(Some), ""))
+        }),
+    )
+    .await?;
+    report(host, vm, &l2.pod_uid).await?;
+    if vm.join {
+        progress::step_async(
+            &format!("joining {} to the guest's cluster", vm.name),
+            join(&l2, guest),
+        )
+        .await?;
+    }
+    Ok(l2)
+}
+
+async fn answers(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
+    let l2 = find(l1, host, name).await?;
+    let command = "systemctl is-active -q containerd";
+    l2.run_with(command, &[], Duration::from_secs(20))
+        .await?
+        .ok(command)?;
+    Ok(l2)
+}
+
+/// Writes what virt-controller writes.
+async fn report(host: &Cluster, vm: &Vm, pod_uid: &str) -> Result<()> {
+    vmis(host)
+        .patch_status(
+            &vm.name,
+            &PatchParams::default(),
+            &Patch::Merge(objects::vmi_status(vm, pod_uid)),
+        )
+        .await?;
+    Ok(())
+}
+
+async fn join(l2: &L2, guest: &Cluster) -> Result<()> {
+    let limit = Duration::from_secs(400);
+    l2.run_with(l1::IMPORT, &[], limit).await?.ok(l1::IMPORT)?;
+    let command = l1::join_command(&guest.join()?, &l2.name);
+    l2.run_with(&command, &[], limit).await?.ok(&command)?;
+    let nodes: Api<Node> = Api::all(guest.client());
+    l1::ready(&nodes, &l2.name).await?;
+    Ok(())
+}
+
+/// The VM `name`, by its launcher pod and QEMU's process in that pod's cgroup.
+pub(super) async fn find(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
+    let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
+    let pod = pods.get(&objects::pod_name(name)).await?;
+    let phase = pod.status.and_then(|s| s.phase).unwrap_or_default();
+    anyhow::ensure!(phase == "Running", "the launcher pod is {phase:?}");
+    let pod_uid = pod.metadata.uid.context("a pod without uid")?;
+    // The systemd driver writes the uid with underscores.
+    let command = format!(
+        "for p in $(pgrep -f '^/usr/bin/qemu-system-x86_64 -name guest={NAMESPACE}_{name},'); do \
+         grep -q {} /proc/$p/cgroup && echo $p; done",
+        pod_uid.replace('-', "_")
+    );
+    let out = l1.run(&command).await?;
+    let pid = out
+        .text()
+        .parse()
+        .with_context(|| format!("not one QEMU of pod {pod_uid}: {:?}", out.text()))?;
+    Ok(L2 {
+        l1: l1.clone(),
+        name: name.to_owned(),
+        pod_uid,
+        pid,
+    })
+}
+
+/// Deletes the VM's objects and waits until its pod is gone.
+pub(super) async fn down(host: &Cluster, guest: &Cluster, name: &str) -> Result<()> {
+    let at_once = DeleteParams::default();
+    for (kind, version, object) in [
+        ("Pod", "v1", objects::pod_name(name)),
+        ("VirtualMachineInstance", "kubevirt.io/v1", name.to_owned()),
+        ("ConfigMap", "v1", name.to_owned()),
+        ("PersistentVolumeClaim", "v1", name.to_owned()),
+    ] {
+        let api = Api::<DynamicObject>::namespaced_with(
+            host.client(),
+            NAMESPACE,
+            &resource(version, kind),
+        );
+        gone(&api, &object, &at_once).await?;
+    }
+    let volumes = Api::<DynamicObject>::all_with(host.client(), &resource("v1", "PersistentVolume"));
+    gone(&volumes, &format!("{NAMESPACE}-{name}"), &at_once).await?;
+    let nodes = Api::<DynamicObject>::all_with(guest.client(), &resource("v1", "Node"));
+    gone(&nodes, name, &at_once).await
+}
+
+async fn gone(api: &Api<DynamicObject>, name: &str, params: &DeleteParams) -> Result<()> {
+    if api.get_opt(name).await?.is_none() {
+        return Ok(());
+    }
+    api.delete(name, params).await?;
+    let what = format!("{name} to be gone");
+    wait::until(&what, Duration::from_secs(120), EVERY, || async {
+        Ok(match api.get_opt(name).await? {
+            None => Probe::Ready(()),
+            Some(_) => Probe::NotYet("still there".into()),
+        })
+    })
+    .await
+}
+
+fn vmis(host: &Cluster) -> Api<DynamicObject> {
+    Api::namespaced_with(
+        host.client(),
+        NAMESPACE,
+        &resource("kubevirt.io/v1", "VirtualMachineInstance"),
+    )
+}
+
+fn resource(version: &str, kind: &str) -> ApiResource {
+    let (group, version) = version.split_once('/').unwrap_or(("", version));
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind))
+}
+
+/// Server-side apply of one object.
+async fn apply(cluster: &Cluster, object: &Value) -> Result<DynamicObject> {
+    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let meta = object.get("metadata").context("an object without metadata")?;
+    let name = text(meta.get("name").unwrap_or(&Value::Null));
+    let namespace = text(meta.get("namespace").unwrap_or(&Value::Null));
+    let kind = text(object.get("kind").unwrap_or(&Value::Null));
+    let version = text(object.get("apiVersion").unwrap_or(&Value::Null));
+    let resource = resource(&version, &kind);
+    let client = cluster.client();
+    let api: Api<DynamicObject> = if namespace.is_empty() {
+        Api::all_with(client, &resource)
+    } else {
+        Api::namespaced_with(client, &namespace, &resource)
+    };
+    api.patch(
+        &name,
+        &PatchParams::apply(MANAGER).force(),
+        &Patch::Apply(object),
+    )
+    .await
+    .with_context(|| format!("applying {kind} {name}"))
+}

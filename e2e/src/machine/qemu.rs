@@ -1,0 +1,179 @@
+//! L1's QEMU: its command line as a plain function over plain values.
+
+use std::path::Path;
+
+use super::image::Image;
+
+/// Channel ports into L1: as many commands can run at once.
+pub(super) const PORTS: usize = 8;
+
+/// The managed PF, the node's own, and the one that is not isolated.
+pub(super) const MANAGED_MAC: &str = "52:54:00:aa:00:01";
+pub(super) const NODE_MAC: &str = "52:54:00:aa:00:02";
+pub(super) const SHARED_GROUP_MAC: &str = "52:54:00:aa:00:03";
+pub(super) const UUID: &str = "11111111-0000-4000-8000-000000000001";
+
+/// What distinguishes one L1 from another.
+#[derive(Clone, Debug)]
+pub(super) struct Spec<'a> {
+    pub(super) name: &'a str,
+    /// Folder of sockets, console log and lock files; short, because of socket paths.
+    pub(super) dir: &'a Path,
+    /// Folder that L1 sees read-only as /harness.
+    pub(super) share: &'a Path,
+    /// qcow2 above the image's disk.
+    pub(super) overlay: &'a Path,
+    pub(super) tap: &'a str,
+    /// `ADDRESS/PREFIX`, and the gateway.
+    pub(super) address: &'a str,
+    pub(super) gateway: &'a str,
+    /// `NAME=IP` pairs for /etc/hosts.
+    pub(super) hosts: &'a [(String, String)],
+    pub(super) memory_mib: u32,
+}
+
+/// The kernel's command line.
+pub(super) fn kernel_args(s: &Spec<'_>) -> String {
+    let hosts: Vec<String> = s.hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
+    // no_timer_check: on a busy machine the emulated timer misses the kernel's deadline
+    // of a few ticks, and the kernel panics ("IO-APIC + timer doesn't work").
+    format!(
+        "console=ttyS0 quiet panic=1 no_timer_check intel_iommu=on iommu=pt harness.role=l1 \
+         systemd.hostname={} systemd.machine_id={} harness.net={NODE_MAC},{},{} harness.hosts={}",
+        s.name,
+        UUID.replace('-', ""),
+        s.address,
+        s.gateway,
+        hosts.join(",")
+    )
+}
+
+/// Program and arguments.
+pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
+    let dir = s.dir.display();
+    let root = image.root.display();
+    let mut c = image.command("usr/bin/qemu-system-x86_64");
+    let mut arg = |flag: &str, value: &str| {
+        c.push(flag.to_owned());
+        c.push(value.to_owned());
+    };
+    arg("-L", &format!("{root}/usr/share/qemu"));
+    arg("-L", &format!("{root}/usr/share/seabios"));
+    arg("-name", s.name);
+    arg("-uuid", UUID);
+    arg("-M", "q35,kernel-irqchip=split");
+    arg("-accel", "tcg,thread=multi");
+    // "max" emulates SVM, which gives L1 a kvm of its own.
+    arg("-cpu", "max");
+    arg("-m", &s.memory_mib.to_string());
+    arg("-smp", "2");
+    arg("-display", "none");
+    for flag in ["-no-user-config", "-nodefaults"] {
+        arg(flag, "");
+    }
+    arg("-chardev", &format!("file,id=console,path={dir}/console.log,append=on"));
+    arg("-serial", "chardev:console");
+    arg("-qmp", &format!("unix:{dir}/qmp.sock,server=on,wait=off"));
+    arg("-device", "intel-iommu,intremap=on,caching-mode=on");
+    arg("-device", "pcie-root-port,id=rp0,chassis=1");
+    arg("-device", "pcie-root-port,id=rp1,chassis=2");
+    // Without access control services all below this port share one IOMMU group.
+    arg("-device", "pcie-root-port,id=rp2,chassis=3,disable-acs=on");
+    // Room for the NVMe controller that storage claims will need.
+    arg("-device", "pcie-root-port,id=rp3,chassis=4");
+    arg(
+        "-netdev",
+        &format!(
+            "dgram,id=wire,local.type=unix,local.path={dir}/wire-machine.sock,\
+             remote.type=unix,remote.path={dir}/wire-switch.sock"
+        ),
+    );
+    arg("-device", &igb("rp0", "wire", MANAGED_MAC));
+    arg(
+        "-netdev",
+        &format!("tap,id=node,ifname={},script=no,downscript=no", s.tap),
+    );
+    arg("-device", &igb("rp1", "node", NODE_MAC));
+    arg("-netdev", "hubport,id=shared,hubid=1");
+    arg("-device", &igb("rp2", "shared", SHARED_GROUP_MAC));
+    arg("-device", "virtio-serial-pci,id=vs,max_ports=16");
+    for n in 0..PORTS {
+        arg(
+            "-chardev",
+            &format!("socket,id=port{n},path={dir}/port{n}.sock,server=on,wait=off"),
+        );
+        arg(
+            "-device",
+            &format!("virtserialport,bus=vs.0,chardev=port{n},name=harness.{n}"),
+        );
+    }
+    arg(
+        "-virtfs",
+        &format!(
+            "local,path={},mount_tag=harness,security_model=none,readonly=on,multidevs=remap",
+            s.share.display()
+        ),
+    );
+    arg(
+        "-drive",
+        &format!(
+            "file={},if=virtio,format=qcow2,cache=unsafe,file.locking=off",
+            s.overlay.display()
+        ),
+    );
+    // The VMs' disk: the same image, below an overlay of each VM.
+    arg(
+        "-drive",
+        &format!(
+            "file={},if=virtio,format=raw,readonly=on,file.locking=off",
+            image.disk.display()
+        ),
+    );
+    arg("-kernel", &image.kernel.display().to_string());
+    arg("-initrd", &image.initrd.display().to_string());
+    arg("-append", &kernel_args(s));
+    c.retain(|a| !a.is_empty());
+    c
+}
+
+fn igb(port: &str, netdev: &str, mac: &str) -> String {
+    // Without romfile= QEMU wants a boot ROM that the image does not ship.
+    format!("igb,bus={port},netdev={netdev},mac={mac},romfile=")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    #[test]
+    fn three_functions_each_on_a_port_of_its_own() {
+        let image = Image {
+            root: "/r".into(),
+            disk: "/d".into(),
+            kernel: "/k".into(),
+            initrd: "/i".into(),
+            kernel_name: "k".into(),
+        };
+        let dir = PathBuf::from("/s");
+        let hosts = [("a".to_owned(), "1.2.3.4".to_owned())];
+        let spec = Spec {
+            name: "l1",
+            dir: &dir,
+            share: &dir,
+            overlay: &dir,
+            tap: "t0",
+            address: "10.0.0.2/24",
+            gateway: "10.0.0.1",
+            hosts: &hosts,
+            memory_mib: 7168,
+        };
+        let c = command(&image, &spec);
+        let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
+        assert_eq!(igbs.len(), 3);
+        assert!(c.iter().any(|a| a.contains("id=rp2") && a.contains("disable-acs=on")));
+        assert!(c.iter().all(|a| !a.is_empty()));
+        let k = kernel_args(&spec);
+        assert!(k.contains("harness.hosts=a=1.2.3.4") && k.contains("no_timer_check"), "{k}");
+    }
+}
