@@ -230,11 +230,12 @@ fn exists(tools: &Tools, docker: &Docker, spec: Spec) -> Result<bool> {
 fn create(paths: &Paths, tools: &Tools, docker: &Docker, image: &str, spec: Spec) -> Result<()> {
     let kubeconfig = kubeconfig(paths, spec);
     if exists(tools, docker, spec)? {
-        let export = ["export", "kubeconfig", "--name", spec.name, "--kubeconfig"];
-        docker
-            .with_host(tools.cmd("kind")?.args(export).arg(&kubeconfig))
-            .run()?;
-        return Ok(());
+        if kubeconfig.exists() && docker.running(&node(spec))? {
+            return Ok(());
+        }
+        // Half made by a run that was killed, or stopped by a reboot: kind writes the
+        // kubeconfig last, and does not start a cluster again.
+        delete(paths, tools, docker, spec)?;
     }
     let command = tools
         .cmd("kind")?
@@ -287,19 +288,23 @@ pub async fn find(paths: &Paths, docker: &Docker) -> Result<(Cluster, Cluster)> 
 /// Deletes both clusters, existing or not.
 pub fn down(paths: &Paths, tools: &Tools, docker: &Docker) -> Result<()> {
     for spec in [HOST, GUEST] {
-        let delete = ["delete", "cluster", "--name", spec.name, "--kubeconfig"];
-        let file = kubeconfig(paths, spec);
-        docker
-            .with_host(tools.cmd("kind")?.args(delete).arg(&file))
-            .run()?;
-        match std::fs::remove_file(&file) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(e).with_context(|| format!("removing {}", file.display()));
-            }
-            _ => {}
-        }
+        delete(paths, tools, docker, spec)?;
     }
     Ok(())
+}
+
+fn delete(paths: &Paths, tools: &Tools, docker: &Docker, spec: Spec) -> Result<()> {
+    let file = kubeconfig(paths, spec);
+    let delete = ["delete", "cluster", "--name", spec.name, "--kubeconfig"];
+    docker
+        .with_host(tools.cmd("kind")?.args(delete).arg(&file))
+        .run()?;
+    match std::fs::remove_file(&file) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("removing {}", file.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

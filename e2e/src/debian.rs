@@ -34,6 +34,16 @@ pub fn ensure(paths: &Paths, packages: &[&str]) -> Result<()> {
     )
 }
 
+/// Installs `package` unless `program` is in `PATH` already, from wherever it came: a
+/// vendor's Docker must not be replaced by Debian's.
+pub fn ensure_program(paths: &Paths, program: &str, package: &str) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|dir| dir.join(program).is_file()) {
+        return Ok(());
+    }
+    ensure(paths, &[package])
+}
+
 fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
     let mut missing = Vec::new();
     for p in packages {

@@ -79,6 +79,12 @@ impl Docker {
         Ok(ip)
     }
 
+    /// Whether the container exists and runs.
+    pub fn running(&self, container: &str) -> Result<bool> {
+        let all = self.cmd().args(["ps", "--format", "{{.Names}}"]).text()?;
+        Ok(all.lines().any(|l| l == container))
+    }
+
     /// The engine of the running data centre, if one was chosen.
     pub fn find(paths: &Paths) -> Result<Option<Self>> {
         let file = choice(paths);
@@ -130,11 +136,10 @@ fn record_file(paths: &Paths) -> PathBuf {
 
 /// An engine with the network, started if need be.
 pub fn up(paths: &Paths, tools: &Tools) -> Result<Docker> {
-    debian::ensure(paths, &["docker.io", "iptables", "iproute2"])?;
-    if Cmd::new("docker").arg("--version").status().is_err() {
-        // From Debian 13 on the client is a package of its own.
-        debian::ensure(paths, &["docker-cli"])?;
-    }
+    debian::ensure(paths, &["iptables", "iproute2"])?;
+    debian::ensure_program(paths, "dockerd", "docker.io")?;
+    // From Debian 13 on the client is a package of its own.
+    debian::ensure_program(paths, "docker", "docker-cli")?;
     footprint::record(&record_file(paths))?;
     let engine = match Docker::find(paths)?.filter(Docker::answers) {
         Some(engine) => engine,
@@ -327,6 +332,13 @@ pub fn down(paths: &Paths) -> Result<()> {
                 wrong.push(e);
             }
         }
+        if let Err(e) = remove_cgroups(Path::new("/sys/fs/cgroup")) {
+            wrong.push(e);
+        }
+        for name in ["dockerd.log", "containerd.log"] {
+            let moved = paths.run_logs().join(name);
+            remove(&paths.state().join(name), |p| std::fs::rename(p, &moved))?;
+        }
     }
     if let Err(e) = footprint::restore(&record_file(paths), &["DOCKER", BRIDGE, "172.31.240."]) {
         wrong.push(e);
@@ -346,6 +358,38 @@ fn remove(path: &Path, how: impl Fn(&Path) -> std::io::Result<()>) -> Result<()>
         Ok(()) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e).with_context(|| format!("removing {}", path.display())),
+    }
+}
+
+/// Removes the control groups called `docker` that no process is in any more, in the one
+/// hierarchy of v2 or each of v1.
+fn remove_cgroups(root: &Path) -> Result<()> {
+    let mut hierarchies = vec![root.to_owned()];
+    for entry in std::fs::read_dir(root).with_context(|| root.display().to_string())? {
+        hierarchies.push(entry?.path());
+    }
+    for dir in hierarchies
+        .iter()
+        .map(|h| h.join("docker"))
+        .filter(|d| d.is_dir())
+    {
+        remove_cgroup(&dir)?;
+    }
+    Ok(())
+}
+
+fn remove_cgroup(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            remove_cgroup(&path)?;
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Ok(()) => Ok(()),
+        // Another engine's containers: theirs to remove.
+        Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => Ok(()),
+        Err(e) => Err(e).with_context(|| format!("removing {}", dir.display())),
     }
 }
 

@@ -18,8 +18,9 @@ pub(crate) async fn run(paths: Paths, names: &[String], keep: bool) -> Result<()
     }
     let was_running = Docker::find(&ctx.paths)?.is_some();
     let result = hardware(&ctx, &wanted).await;
+    // What ran before stays; of its own an interrupted run leaves nothing.
     let stopped = interrupt::requested();
-    if stopped || !(keep || was_running) {
+    if !was_running && (stopped || !keep) {
         interrupt::begin_teardown();
         if let Err(e) = context::down(&ctx) {
             progress::line(&format!("{e:#}"));
