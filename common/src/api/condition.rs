@@ -16,6 +16,8 @@ pub mod type_ {
     pub const ATTACHED: &str = "Attached";
     /// Node agent on the host, guest-syncer in the guest: the claim can be used.
     pub const READY: &str = "Ready";
+    /// Node agent, on a PhysicalFunction: it carries the host's own traffic.
+    pub const IN_USE_BY_HOST: &str = "InUseByHost";
     /// guest-syncer, in the guest: the host has this spec of the claim.
     pub const SYNCED: &str = "Synced";
 }
@@ -45,10 +47,13 @@ pub mod reason {
     pub const NO_MANAGED_PF: &str = "NoManagedPF";
     pub const NO_MATCHING_PF: &str = "NoMatchingPF";
     pub const NOT_ISOLATED: &str = "NotIsolated";
+    pub const NOT_IN_USE: &str = "NotInUse";
     pub const NOT_MANAGED: &str = "NotManaged";
+    pub const NOT_PRESENT: &str = "NotPresent";
     pub const OVERRIDE_NOT_ALLOWED: &str = "OverrideNotAllowed";
     pub const PENDING: &str = "Pending";
     pub const PREPARED: &str = "Prepared";
+    pub const PREREQUISITES_MISSING: &str = "PrerequisitesMissing";
     pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
     pub const READY: &str = "Ready";
     pub const REFUSED: &str = "RefusedByHost";
@@ -58,8 +63,11 @@ pub mod reason {
     pub const RETRYING: &str = "Retrying";
     pub const SYNCED: &str = "Synced";
     pub const UNPLUG_PENDING: &str = "UnplugPending";
+    pub const UNSUPPORTED_DRIVER: &str = "UnsupportedDriver";
+    pub const UNSUPPORTED_SETTING: &str = "UnsupportedSetting";
     pub const UNSUPPORTED_VM: &str = "UnsupportedVM";
     pub const VM_AMBIGUOUS: &str = "VMAmbiguous";
+    pub const VM_MOVED: &str = "VMMoved";
     pub const VM_NOT_FOUND: &str = "VMNotFound";
     pub const VM_NOT_RUNNING: &str = "VMNotRunning";
 }

@@ -6,7 +6,7 @@
 //! answer: the API server showed the claim without a device, or without that
 //! UID. A timed-out write leaves its entry in place.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use common::api::{ClaimRef, VFClaim};
 use thiserror::Error;
@@ -26,10 +26,23 @@ pub struct Entry {
     pub claim: ClaimRef,
     /// The granted MAC, lower case: one MAC is used once on a PF.
     pub mac_address: String,
-    /// The launcher's pod: claims may share an IOMMU group only in one VM.
+    /// The VM (`status.vm.uid`): claims may share an IOMMU group only in one VM.
+    pub vm_uid: String,
+    /// The launcher's pod.
     pub pod_uid: String,
+    /// The recorded attachment's root port; `None`: no attachment is recorded.
+    pub port: Option<String>,
+    /// The claim's resourceVersion under which `status.device` was sent and not
+    /// answered: until the claim has another one the write may still land.
+    pub unanswered: Option<String>,
+}
+
+impl Entry {
     /// An attachment is recorded.
-    pub attached: bool,
+    #[must_use]
+    pub const fn attached(&self) -> bool {
+        self.port.is_some()
+    }
 }
 
 /// Two claims that name one VF: neither may be acted on.
@@ -67,8 +80,10 @@ impl Ledger {
                 .as_ref()
                 .map(|a| a.network.mac_address.to_ascii_lowercase())
                 .unwrap_or_default(),
+            vm_uid: status.vm.as_ref().map(|vm| vm.uid.clone()).unwrap_or_default(),
             pod_uid: status.launcher.as_ref().map(|l| l.pod_uid.clone()).unwrap_or_default(),
-            attached: status.attachment.is_some(),
+            port: status.attachment.as_ref().map(|a| a.port.clone()),
+            unanswered: None,
         })
     }
 
@@ -78,7 +93,13 @@ impl Ledger {
         let Some(uid) = claim.metadata.uid.as_deref() else { return Ok(()) };
         match Self::entry_of(claim) {
             None => {
-                self.entries.remove(uid);
+                let may_land = self.entries.get(uid).is_some_and(|entry| {
+                    entry.unanswered.is_some()
+                        && entry.unanswered == claim.metadata.resource_version
+                });
+                if !may_land {
+                    self.entries.remove(uid);
+                }
                 Ok(())
             }
             Some(entry) => self.enter(entry),
@@ -118,6 +139,13 @@ impl Ledger {
         self.entries.values().find(|entry| entry.vf == *vf)
     }
 
+    /// The PFs that claims name.
+    pub fn functions(&self) -> impl Iterator<Item = &str> {
+        let names: BTreeSet<&str> =
+            self.entries.values().map(|e| e.vf.physical_function.as_str()).collect();
+        names.into_iter()
+    }
+
     /// All entries of one PF.
     pub fn on<'a>(&'a self, physical_function: &'a str) -> impl Iterator<Item = &'a Entry> {
         self.entries.values().filter(move |e| e.vf.physical_function == physical_function)
@@ -128,8 +156,18 @@ impl Ledger {
     pub fn others_attached_in(&self, pod_uid: &str, except_claim: &str) -> usize {
         self.entries
             .values()
-            .filter(|e| e.attached && e.pod_uid == pod_uid && e.claim.uid != except_claim)
+            .filter(|e| e.attached() && e.pod_uid == pod_uid && e.claim.uid != except_claim)
             .count()
+    }
+
+    /// Ports that other claims have recorded in the same launcher.
+    #[must_use]
+    pub fn ports_in(&self, pod_uid: &str, except_claim: &str) -> Vec<String> {
+        self.entries
+            .values()
+            .filter(|e| e.pod_uid == pod_uid && e.claim.uid != except_claim)
+            .filter_map(|e| e.port.clone())
+            .collect()
     }
 }
 
@@ -156,8 +194,10 @@ mod tests {
             vf: VfKey { physical_function: "n-1".into(), index },
             claim: ClaimRef { namespace: "ns".into(), name: uid.into(), uid: uid.into() },
             mac_address: String::new(),
+            vm_uid: "vm".into(),
             pod_uid: "pod".into(),
-            attached: false,
+            port: None,
+            unanswered: None,
         }
     }
 
@@ -174,12 +214,27 @@ mod tests {
     }
 
     #[test]
+    fn a_write_that_may_still_land_keeps_its_vf() {
+        let mut ledger = Ledger::default();
+        ledger.enter(Entry { unanswered: Some("7".into()), ..entry("a", 0) }).unwrap();
+        let mut claim = VFClaim::default();
+        claim.metadata.uid = Some("a".into());
+        claim.metadata.resource_version = Some("7".into());
+        ledger.observe(&claim).unwrap();
+        assert!(ledger.of("a").is_some());
+        claim.metadata.resource_version = Some("8".into());
+        ledger.observe(&claim).unwrap();
+        assert!(ledger.of("a").is_none());
+    }
+
+    #[test]
     fn others_in_the_same_launcher_are_counted_when_attached() {
         let mut ledger = Ledger::default();
         ledger.enter(entry("a", 0)).unwrap();
-        ledger.enter(Entry { attached: true, ..entry("b", 1) }).unwrap();
+        ledger.enter(Entry { port: Some("rp9".into()), ..entry("b", 1) }).unwrap();
         assert_eq!(ledger.others_attached_in("pod", "a"), 1);
         assert_eq!(ledger.others_attached_in("pod", "b"), 0);
+        assert_eq!(ledger.ports_in("pod", "a"), ["rp9"]);
         assert_eq!(ledger.others_attached_in("elsewhere", "a"), 0);
     }
 }

@@ -4,8 +4,7 @@
 //! `Ready` repeats the first thing that is not good, because it is the column
 //! that people read.
 
-use common::api::{ConditionStatus, GuestDevice, NewCondition, VFClaim, reason, set_condition, type_};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use common::api::{ConditionStatus, GuestDevice, NewCondition, reason, type_};
 
 use super::plan::Wait;
 
@@ -56,48 +55,26 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
             ]
         }
         Outcome::Releasing(wait) => {
-            vec![not(type_::ATTACHED, wait), not(type_::READY, wait)]
+            vec![allocated, prepared, not(type_::ATTACHED, wait), not(type_::READY, wait)]
         }
     }
 }
 
-/// The agent's own conditions after `outcome`, and whether they differ from
-/// what the claim has: an unchanged report is not written.
+/// The wait that an outcome tells of, if it does.
 #[must_use]
-pub fn own_conditions(claim: &VFClaim, outcome: &Outcome, now: &Time) -> (Vec<Condition>, bool) {
-    let mut own: Vec<Condition> = claim
-        .status
-        .iter()
-        .flat_map(|status| &status.conditions)
-        .filter(|c| OWN.contains(&c.type_.as_str()))
-        .cloned()
-        .collect();
-    let mut changed = false;
-    for new in conditions(outcome) {
-        changed |= set_condition(&mut own, &new, claim.metadata.generation, now);
+pub const fn waits_for(outcome: &Outcome) -> Option<&Wait> {
+    match outcome {
+        Outcome::NotAllocated(wait)
+        | Outcome::NotPrepared(wait)
+        | Outcome::NotAttached(wait)
+        | Outcome::Releasing(wait) => Some(wait),
+        Outcome::Attached(_) => None,
     }
-    (own, changed)
-}
-
-/// Whether an outcome is worth an event, and of which kind.
-#[must_use]
-pub const fn is_refusal(outcome: &Outcome) -> bool {
-    matches!(
-        outcome,
-        Outcome::NotAllocated(_)
-            | Outcome::NotPrepared(_)
-            | Outcome::NotAttached(_)
-            | Outcome::Releasing(_)
-    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn now() -> Time {
-        serde_json::from_value(serde_json::json!("2026-01-01T00:00:00Z")).unwrap()
-    }
 
     #[test]
     fn ready_repeats_what_is_not_good() {
@@ -105,23 +82,10 @@ mod tests {
             reason: reason::NO_FREE_PORT,
             message: "no port".into(),
         });
-        let (own, changed) = own_conditions(&VFClaim::default(), &outcome, &now());
-        assert!(changed);
-        let ready = own.iter().find(|c| c.type_ == type_::READY).unwrap();
-        assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "NoFreePCIePort"));
-        assert_eq!(own.iter().find(|c| c.type_ == type_::PREPARED).unwrap().status, "True");
-    }
-
-    #[test]
-    fn an_unchanged_report_is_no_report() {
-        let mut claim = VFClaim::default();
-        let outcome = Outcome::Attached(GuestDevice {
-            pci_address: "0000:05:00.0".into(),
-            mac_address: "02:00:00:00:00:01".into(),
-        });
-        let (own, changed) = own_conditions(&claim, &outcome, &now());
-        assert!(changed);
-        claim.status.get_or_insert_default().conditions = own;
-        assert!(!own_conditions(&claim, &outcome, &now()).1);
+        let said = conditions(&outcome);
+        let of = |type_| said.iter().find(|c| c.type_ == type_).unwrap();
+        assert_eq!(of(type_::READY).reason, "NoFreePCIePort");
+        assert_eq!(of(type_::READY).status, ConditionStatus::False);
+        assert_eq!(of(type_::PREPARED).status, ConditionStatus::True);
     }
 }

@@ -1,0 +1,131 @@
+//! The mirrored classes, carried out: brings the guest's `VFClass` copies in
+//! line with what the host lists, when either changes and now and then.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::api::VFClass;
+use common::kube::{is_conflict, is_gone};
+use futures::StreamExt as _;
+use kube::api::{Api, DeleteParams, ListParams, PostParams, Preconditions};
+use kube::core::PartialObjectMeta;
+use kube::runtime::{WatchStreamExt as _, metadata_watcher, watcher};
+use kube::{Resource as _, ResourceExt as _};
+use tokio_util::sync::CancellationToken;
+
+use super::claims::Context;
+use super::classes::{ClassAction, plan};
+use crate::host_link::Facts;
+
+/// A look although nothing seems to have changed.
+const RESYNC: Duration = Duration::from_secs(600);
+/// After a write that failed.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// Mirrors until `stop`.
+pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
+    let api: Api<VFClass> = Api::all(ctx.guest.clone());
+    let mut facts = ctx.host.facts();
+    let mut touched = metadata_watcher(api.clone(), watcher::Config::default())
+        .default_backoff()
+        .touched_objects()
+        .boxed();
+    // Conflicts that were said already, by UID of the foreign class.
+    let mut said = HashSet::new();
+    loop {
+        let facts_now = facts.borrow_and_update().clone();
+        let wait = match mirror(&ctx, &api, &facts_now, &mut said).await {
+            Ok(()) => RESYNC,
+            Err(error) => {
+                tracing::warn!(%error, "mirroring the classes");
+                RETRY
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+            changed = facts.changed() => if changed.is_err() { return },
+            seen = touched.next() => note(seen),
+        }
+    }
+}
+
+fn note(seen: Option<Result<PartialObjectMeta<VFClass>, watcher::Error>>) {
+    if let Some(Err(error)) = seen {
+        tracing::warn!(%error, "watching this cluster's VFClasses");
+    }
+}
+
+async fn mirror(
+    ctx: &Context,
+    api: &Api<VFClass>,
+    facts: &Facts,
+    said: &mut HashSet<String>,
+) -> Result<(), kube::Error> {
+    let listed = match facts {
+        Facts::Known(found) => found.status.as_ref().map(|s| s.classes.as_slice()),
+        Facts::Missing | Facts::Unknown(_) => None,
+    };
+    if listed.is_none() {
+        return Ok(());
+    }
+    let present = api.list(&ListParams::default()).await?.items;
+    for action in plan(&ctx.cluster, listed, &present) {
+        match apply(api, &action).await {
+            // Somebody was quicker: the watch brings us back.
+            Err(error) if is_conflict(&error) || is_gone(&error) => {}
+            done => done?,
+        }
+        if let ClassAction::Conflict { name } = &action {
+            let foreign = present.iter().find(|c| c.name_any() == *name);
+            complain(ctx, foreign, said).await;
+        }
+    }
+    Ok(())
+}
+
+async fn apply(api: &Api<VFClass>, action: &ClassAction) -> Result<(), kube::Error> {
+    let params = PostParams {
+        field_manager: Some(super::MANAGER.to_owned()),
+        ..PostParams::default()
+    };
+    match action {
+        ClassAction::Create(class) => api.create(&params, class).await.map(drop),
+        // The uid and resourceVersion that were read are in the object.
+        ClassAction::Replace(class) => {
+            let name = class.name_any();
+            api.replace(&name, &params, class).await.map(drop)
+        }
+        ClassAction::Delete { name, uid } => {
+            let params = DeleteParams {
+                preconditions: Some(Preconditions {
+                    uid: Some(uid.clone()),
+                    resource_version: None,
+                }),
+                ..DeleteParams::default()
+            };
+            api.delete(name, &params).await.map(drop)
+        }
+        ClassAction::Conflict { .. } => Ok(()),
+    }
+}
+
+async fn complain(ctx: &Context, foreign: Option<&VFClass>, said: &mut HashSet<String>) {
+    let Some(class) = foreign else { return };
+    if !said.insert(class.uid().unwrap_or_default()) {
+        return;
+    }
+    let note = "the host has a VFClass of this name, which cannot be shown here: this object was \
+                not made by the guest-syncer and is left alone. Claims that name the class get the \
+                host's; delete this object to see it";
+    tracing::warn!(class = class.name_any(), note);
+    ctx.events
+        .warning(
+            &class.object_ref(&()),
+            "Mirror",
+            common::api::reason::CONFLICT,
+            note,
+        )
+        .await;
+}

@@ -1,0 +1,76 @@
+//! The whole syncer over two clients: who this cluster is, then claims and
+//! classes until told to stop.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use common::kube::Backoff;
+use common::kube::events::Events;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::Api;
+use kube::runtime::reflector::store::Writer;
+use kube::{Client, ResourceExt as _};
+use tokio_util::sync::CancellationToken;
+
+use crate::host_link::HostLink;
+use crate::mirror::claims::Context;
+use crate::mirror::controller::{self, Caches};
+use crate::mirror::{MANAGER, class_mirror};
+
+/// How the syncer works.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of our `GuestCluster` on the host.
+    pub guest_cluster: String,
+    /// Claims worked on at once.
+    pub workers: u16,
+    /// Bound of each call to the host.
+    pub timeout: Duration,
+    pub retry_start: Duration,
+    pub retry_max: Duration,
+    /// Our name in events, to tell replicas apart.
+    pub identity: Option<String>,
+}
+
+/// UID of the guest's kube-system namespace: the cluster's own lasting identity.
+pub async fn cluster_uid(guest: &Client) -> Result<String, kube::Error> {
+    let namespaces: Api<Namespace> = Api::all(guest.clone());
+    let found = namespaces.get("kube-system").await?;
+    Ok(found.uid().unwrap_or_default())
+}
+
+/// Syncs until `stop`, then ends what is under way.
+pub async fn run(
+    guest: Client,
+    host: Arc<HostLink>,
+    cluster_uid: String,
+    options: &Options,
+    stop: CancellationToken,
+) {
+    let caches = Caches {
+        nodes: Writer::default(),
+        copies: Writer::default(),
+    };
+    let ctx = Arc::new(Context {
+        events: Events::new(guest.clone(), MANAGER, options.identity.clone()),
+        guest,
+        host: host.clone(),
+        cluster: options.guest_cluster.clone(),
+        cluster_uid,
+        nodes: caches.nodes.as_reader(),
+        copies: caches.copies.as_reader(),
+        copies_listed: AtomicBool::new(false),
+        backoff: Backoff::new(options.retry_start, options.retry_max),
+    });
+    let work = async {
+        tokio::join!(
+            controller::run(ctx.clone(), caches, options.workers, stop.clone()),
+            class_mirror::run(ctx.clone(), stop.clone()),
+        )
+    };
+    tokio::select! {
+        _ = work => {}
+        () = async { tokio::join!(host.follow(&options.guest_cluster), host.probe()); } => {}
+    }
+}

@@ -1,0 +1,286 @@
+//! What a claim is granted: class, quota, cordon and the class's policy on what
+//! a claim may choose. Pure; the answer is a value or a refusal with a sentence.
+
+use common::api::{
+    Admitted, ClassNetwork, DEFAULT_CLASS_ANNOTATION, GrantedNetwork, GuestCluster, NetworkField,
+    NetworkRequest, VFClaim, VFClass, reason,
+};
+use kube::ResourceExt as _;
+use sha2::{Digest as _, Sha256};
+
+use super::refusal::Refusal;
+
+/// Everything that admission depends on.
+pub struct Ask<'a> {
+    pub claim: &'a VFClaim,
+    /// UID of the guest's claim: the seed of a derived MAC address.
+    pub guest_uid: &'a str,
+    pub cluster: &'a GuestCluster,
+    pub classes: &'a [&'a VFClass],
+    /// Claims of this guest, other than this one, that were admitted.
+    pub admitted_others: usize,
+}
+
+/// True when the class is the one of claims that name none.
+#[must_use]
+pub fn is_default(class: &VFClass) -> bool {
+    class
+        .annotations()
+        .get(DEFAULT_CLASS_ANNOTATION)
+        .is_some_and(|v| v == "true")
+}
+
+/// The classes that this guest may use and that exist, by name.
+#[must_use]
+pub fn usable<'a>(cluster: &GuestCluster, classes: &[&'a VFClass]) -> Vec<&'a VFClass> {
+    let mut usable: Vec<&VFClass> = classes
+        .iter()
+        .filter(|c| c.metadata.deletion_timestamp.is_none())
+        .filter(|c| cluster.spec.classes.contains(&c.name_any()))
+        .copied()
+        .collect();
+    usable.sort_by_key(|c| c.name_any());
+    usable
+}
+
+/// The default class in force: the newest of those marked, as Kubernetes does
+/// it for StorageClasses.
+#[must_use]
+pub fn default_class<'a>(usable: &[&'a VFClass]) -> Option<&'a VFClass> {
+    usable
+        .iter()
+        .filter(|c| is_default(c))
+        .max_by_key(|c| (c.creation_timestamp(), std::cmp::Reverse(c.name_any())))
+        .copied()
+}
+
+/// What the claim is granted. A claim that has a grant keeps it: for a later
+/// generation only the network is decided again, under the class it has.
+pub fn admit(ask: &Ask<'_>) -> Result<Admitted, Refusal> {
+    let generation = ask.claim.metadata.generation.unwrap_or(0);
+    let before = ask.claim.status.as_ref().and_then(|s| s.admitted.as_ref());
+    match before {
+        Some(granted) if granted.observed_generation == generation => Ok(granted.clone()),
+        Some(granted) => regrant(ask, granted, generation),
+        None => first_grant(ask, generation),
+    }
+}
+
+fn first_grant(ask: &Ask<'_>, generation: i64) -> Result<Admitted, Refusal> {
+    if ask.cluster.spec.cordoned {
+        return Err(Refusal::new(
+            reason::CORDONED,
+            "the host's administrator has stopped new claims of this cluster for now; the claim \
+             goes on by itself when that ends",
+        ));
+    }
+    let class = choose_class(ask)?;
+    let quota = ask.cluster.spec.quota.claims;
+    if let Some(most) = quota.filter(|most| ask.admitted_others >= *most as usize) {
+        return Err(Refusal::new(
+            reason::QUOTA_EXCEEDED,
+            format!(
+                "this cluster may have {most} claims and has {}; delete one, or ask the host's \
+                 administrator for more",
+                ask.admitted_others
+            ),
+        ));
+    }
+    let wish = ask.claim.spec.network.clone().unwrap_or_default();
+    let network = Policy {
+        class: &class.name_any(),
+        allowed: &class.spec.allowed_overrides,
+        current: defaults(&class.spec.network, ask.guest_uid),
+        fallback: None,
+    }
+    .grant(&wish)?;
+    Ok(Admitted {
+        observed_generation: generation,
+        class_name: class.name_any(),
+        class_uid: class.uid().unwrap_or_default(),
+        pf_selector: class.spec.pf_selector.clone(),
+        num_vfs: class.spec.num_vfs,
+        network,
+    })
+}
+
+fn choose_class<'a>(ask: &Ask<'a>) -> Result<&'a VFClass, Refusal> {
+    let usable = usable(ask.cluster, ask.classes);
+    let names: Vec<String> = usable.iter().map(|c| c.name_any()).collect();
+    let choice = if names.is_empty() {
+        "this cluster may use none yet; ask the host's administrator".to_owned()
+    } else {
+        format!("this cluster may use {}", names.join(", "))
+    };
+    let Some(wanted) = &ask.claim.spec.class_name else {
+        return default_class(&usable).ok_or_else(|| {
+            Refusal::new(
+                reason::CLASS_NOT_FOUND,
+                format!("no class is the default one; make the claim again with spec.className: {choice}"),
+            )
+        });
+    };
+    if let Some(class) = usable.iter().find(|c| c.name_any() == *wanted) {
+        return Ok(class);
+    }
+    let exists = ask.classes.iter().any(|c| c.name_any() == *wanted);
+    Err(if exists {
+        Refusal::new(
+            reason::CLASS_NOT_ALLOWED,
+            format!("VFClass {wanted} is not for this cluster; {choice}"),
+        )
+    } else {
+        Refusal::new(
+            reason::CLASS_NOT_FOUND,
+            format!("there is no VFClass {wanted}; {choice}"),
+        )
+    })
+}
+
+/// A changed spec under the class that was granted. The class's defaults of
+/// today reach only the settings that a claim may choose anyway, because what
+/// it chose before is not recorded.
+fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitted, Refusal> {
+    let wish = ask.claim.spec.network.clone().unwrap_or_default();
+    let class = ask
+        .classes
+        .iter()
+        .find(|c| c.uid().as_deref() == Some(granted.class_uid.as_str()));
+    let policy = Policy {
+        class: &granted.class_name,
+        allowed: class.map_or(&[], |c| &c.spec.allowed_overrides),
+        current: class.map_or_else(
+            || granted.network.clone(),
+            |c| defaults(&c.spec.network, ask.guest_uid),
+        ),
+        fallback: Some(&granted.network),
+    };
+    let network = policy.grant(&wish)?;
+    let has_device = ask
+        .claim
+        .status
+        .as_ref()
+        .is_some_and(|s| s.device.is_some());
+    if has_device && network.mac_address != granted.network.mac_address {
+        return Err(Refusal::new(
+            reason::OVERRIDE_NOT_ALLOWED,
+            format!(
+                "the MAC address stays {} while the VF is in use, because guest drivers take \
+                 another one only when they are loaded again; delete the claim and make another",
+                granted.network.mac_address
+            ),
+        ));
+    }
+    Ok(Admitted {
+        observed_generation: generation,
+        network,
+        ..granted.clone()
+    })
+}
+
+fn defaults(class: &ClassNetwork, guest_uid: &str) -> GrantedNetwork {
+    GrantedNetwork {
+        mac_address: derived_mac(guest_uid),
+        vlan: class.vlan.clone(),
+        spoof_check: class.spoof_check.unwrap_or(true),
+        trust: class.trust.unwrap_or(false),
+    }
+}
+
+/// The MAC address of a claim that asks for none: locally administered,
+/// unicast, and a function of the guest claim's UID, so that a host copy that
+/// is made again has the same one.
+#[must_use]
+pub fn derived_mac(guest_uid: &str) -> String {
+    let digest = Sha256::digest(guest_uid.as_bytes());
+    let bytes: Vec<String> = digest
+        .iter()
+        .take(6)
+        .enumerate()
+        .map(|(i, b)| if i == 0 { (b & 0xfc) | 0x02 } else { *b })
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    bytes.join(":")
+}
+
+/// Which wishes are granted.
+struct Policy<'a> {
+    class: &'a str,
+    allowed: &'a [NetworkField],
+    /// What holds for settings that the claim leaves out and may choose.
+    current: GrantedNetwork,
+    /// An earlier grant: holds for settings that the claim may not choose.
+    fallback: Option<&'a GrantedNetwork>,
+}
+
+impl Policy<'_> {
+    fn grant(&self, wish: &NetworkRequest) -> Result<GrantedNetwork, Refusal> {
+        use NetworkField::{MacAddress, SpoofCheck, Trust, Vlan};
+        let mac = wish.mac_address.as_deref().map(normal_mac).transpose()?;
+        let vlan = wish.vlan.clone().map(Some);
+        Ok(GrantedNetwork {
+            mac_address: self.choose(MacAddress, "macAddress", mac, |n| n.mac_address.clone())?,
+            vlan: self.choose(Vlan, "vlan", vlan, |n| n.vlan.clone())?,
+            spoof_check: self.choose(SpoofCheck, "spoofCheck", wish.spoof_check, |n| {
+                n.spoof_check
+            })?,
+            trust: self.choose(Trust, "trust", wish.trust, |n| n.trust)?,
+        })
+    }
+
+    /// Asking for what would hold anyway is no override.
+    fn choose<T: PartialEq>(
+        &self,
+        field: NetworkField,
+        name: &str,
+        wish: Option<T>,
+        of: impl Fn(&GrantedNetwork) -> T,
+    ) -> Result<T, Refusal> {
+        let allowed = self.allowed.contains(&field);
+        let held = match self.fallback {
+            Some(before) if !allowed => of(before),
+            _ => of(&self.current),
+        };
+        match wish {
+            None => Ok(held),
+            Some(wish) if allowed || wish == held => Ok(wish),
+            Some(_) => Err(Refusal::new(
+                reason::OVERRIDE_NOT_ALLOWED,
+                format!(
+                    "VFClass {} does not let a claim choose network.{name}; leave it out, or ask \
+                     the host's administrator for a class that does",
+                    self.class
+                ),
+            )),
+        }
+    }
+}
+
+/// Lower case, colons; unicast and not zero. The schema says the same, but a
+/// VF must not be given what an older schema let through.
+fn normal_mac(text: &str) -> Result<String, Refusal> {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| {
+            (part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
+                .then(|| u8::from_str_radix(part, 16).ok())
+                .flatten()
+        })
+        .collect();
+    match bytes.as_deref() {
+        Some(mac @ [first, _, _, _, _, _]) if first & 1 == 0 && mac.iter().any(|b| *b != 0) => {
+            Ok(text.to_ascii_lowercase())
+        }
+        _ => Err(Refusal::new(
+            reason::OVERRIDE_NOT_ALLOWED,
+            format!(
+                "network.macAddress {text} is not a unicast MAC address; write six pairs of hex \
+                 digits whose first is even, such as 02:00:00:00:00:01"
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+#[path = "admit_tests.rs"]
+mod tests;

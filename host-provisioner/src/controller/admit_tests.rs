@@ -1,0 +1,316 @@
+use common::api::{ClaimQuota, GuestClusterSpec, VFClaimSpec, VFClaimStatus, VFClassSpec, Vlan};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use proptest::prelude::*;
+
+use super::*;
+
+fn class(name: &str, overrides: &[NetworkField]) -> VFClass {
+    let mut class = VFClass::new(
+        name,
+        VFClassSpec {
+            allowed_overrides: overrides.to_vec(),
+            network: ClassNetwork {
+                vlan: Some(Vlan { id: 7, qos: None }),
+                ..ClassNetwork::default()
+            },
+            ..VFClassSpec::default()
+        },
+    );
+    class.metadata.uid = Some(format!("uid-{name}"));
+    class
+}
+
+fn default_since(mut class: VFClass, second: i64) -> VFClass {
+    let mark = (DEFAULT_CLASS_ANNOTATION.to_owned(), "true".to_owned());
+    class.metadata.annotations = Some([mark].into());
+    class.metadata.creation_timestamp = Some(Time(Timestamp::from_second(second).unwrap()));
+    class
+}
+
+fn cluster(classes: &[&str]) -> GuestCluster {
+    GuestCluster::new(
+        "blue",
+        GuestClusterSpec {
+            classes: classes.iter().map(|c| (*c).to_owned()).collect(),
+            ..GuestClusterSpec::default()
+        },
+    )
+}
+
+fn claim(class_name: Option<&str>, network: NetworkRequest) -> VFClaim {
+    let mut claim = VFClaim::new(
+        "vfc-1",
+        VFClaimSpec {
+            class_name: class_name.map(str::to_owned),
+            network: Some(network),
+            ..VFClaimSpec::default()
+        },
+    );
+    claim.metadata.generation = Some(1);
+    claim
+}
+
+fn wish() -> NetworkRequest {
+    NetworkRequest::default()
+}
+
+fn ask(
+    claim: &VFClaim,
+    cluster: &GuestCluster,
+    classes: &[&VFClass],
+    others: usize,
+) -> Result<Admitted, Refusal> {
+    admit(&Ask {
+        claim,
+        guest_uid: "guest-uid",
+        cluster,
+        classes,
+        admitted_others: others,
+    })
+}
+
+fn reason_of(asked: Result<Admitted, Refusal>) -> &'static str {
+    asked.expect_err("admitted").reason
+}
+
+#[test]
+fn a_claim_gets_the_class_it_names_and_its_defaults() {
+    let gold = class("gold", &[]);
+    let granted = ask(
+        &claim(Some("gold"), wish()),
+        &cluster(&["gold"]),
+        &[&gold],
+        0,
+    )
+    .unwrap();
+    assert_eq!(granted.class_uid, "uid-gold");
+    assert_eq!(granted.observed_generation, 1);
+    assert_eq!(granted.network.vlan, Some(Vlan { id: 7, qos: None }));
+    assert!(granted.network.spoof_check && !granted.network.trust);
+    assert_eq!(granted.network.mac_address, derived_mac("guest-uid"));
+}
+
+#[test]
+fn classes_that_are_not_there_not_allowed_or_going_are_refused_by_name() {
+    let (gold, silver) = (class("gold", &[]), class("silver", &[]));
+    let mut going = class("bronze", &[]);
+    going.metadata.deletion_timestamp = Some(Time(Timestamp::from_second(1).unwrap()));
+    let all = [&gold, &silver, &going];
+    let blue = cluster(&["gold", "bronze"]);
+    let refused = ask(&claim(Some("gone"), wish()), &blue, &all, 0).unwrap_err();
+    assert_eq!(refused.reason, reason::CLASS_NOT_FOUND);
+    assert!(
+        refused.message.contains("may use gold"),
+        "{}",
+        refused.message
+    );
+    for (name, why) in [
+        ("silver", reason::CLASS_NOT_ALLOWED),
+        ("bronze", reason::CLASS_NOT_ALLOWED),
+    ] {
+        assert_eq!(
+            reason_of(ask(&claim(Some(name), wish()), &blue, &all, 0)),
+            why,
+            "{name}"
+        );
+    }
+    let none = ask(&claim(None, wish()), &cluster(&[]), &all, 0).unwrap_err();
+    assert_eq!(none.reason, reason::CLASS_NOT_FOUND);
+    assert!(none.message.contains("ask the host's administrator"));
+}
+
+#[test]
+fn the_default_class_is_the_newest_of_the_allowed_ones() {
+    let old = default_since(class("old", &[]), 1);
+    let new = default_since(class("new", &[]), 2);
+    let foreign = default_since(class("foreign", &[]), 3);
+    let all = [&old, &new, &foreign];
+    let granted = ask(&claim(None, wish()), &cluster(&["old", "new"]), &all, 0).unwrap();
+    assert_eq!(granted.class_name, "new");
+}
+
+#[test]
+fn cordon_and_quota_stop_new_claims_only() {
+    let gold = class("gold", &[]);
+    let mut blue = cluster(&["gold"]);
+    blue.spec.quota = ClaimQuota { claims: Some(2) };
+    let asked = claim(Some("gold"), wish());
+    assert!(ask(&asked, &blue, &[&gold], 1).is_ok());
+    assert_eq!(
+        reason_of(ask(&asked, &blue, &[&gold], 2)),
+        reason::QUOTA_EXCEEDED
+    );
+    let granted = ask(&asked, &blue, &[&gold], 1).unwrap();
+    blue.spec.cordoned = true;
+    assert_eq!(reason_of(ask(&asked, &blue, &[&gold], 0)), reason::CORDONED);
+    let mut attached = asked;
+    attached.status = Some(VFClaimStatus {
+        admitted: Some(granted.clone()),
+        ..VFClaimStatus::default()
+    });
+    assert_eq!(ask(&attached, &blue, &[&gold], 9), Ok(granted));
+}
+
+#[test]
+fn a_tenant_chooses_only_what_the_class_lets_it() {
+    let blue = cluster(&["gold"]);
+    let trusting = NetworkRequest {
+        trust: Some(true),
+        ..wish()
+    };
+    let tagged = NetworkRequest {
+        vlan: Some(Vlan {
+            id: 9,
+            qos: Some(1),
+        }),
+        ..wish()
+    };
+    let unchecked = NetworkRequest {
+        spoof_check: Some(false),
+        ..wish()
+    };
+    let named = NetworkRequest {
+        mac_address: Some("02:00:00:00:00:0A".into()),
+        ..wish()
+    };
+    use NetworkField::{MacAddress, SpoofCheck, Trust, Vlan as Tag};
+    for (request, field) in [
+        (trusting, Trust),
+        (tagged, Tag),
+        (unchecked, SpoofCheck),
+        (named, MacAddress),
+    ] {
+        let asked = claim(Some("gold"), request);
+        let (strict, lenient) = (class("gold", &[]), class("gold", &[field]));
+        assert_eq!(
+            reason_of(ask(&asked, &blue, &[&strict], 0)),
+            reason::OVERRIDE_NOT_ALLOWED
+        );
+        let network = ask(&asked, &blue, &[&lenient], 0).unwrap().network;
+        match field {
+            Trust => assert!(network.trust),
+            Tag => assert_eq!(network.vlan.unwrap().id, 9),
+            SpoofCheck => assert!(!network.spoof_check),
+            MacAddress => assert_eq!(network.mac_address, "02:00:00:00:00:0a"),
+        }
+    }
+    // Asking for what the class gives anyway is no override.
+    let same = NetworkRequest {
+        trust: Some(false),
+        vlan: Some(Vlan { id: 7, qos: None }),
+        ..wish()
+    };
+    assert!(ask(&claim(Some("gold"), same), &blue, &[&class("gold", &[])], 0).is_ok());
+}
+
+#[test]
+fn mac_addresses_that_no_vf_can_have_are_refused() {
+    let lenient = class("gold", &[NetworkField::MacAddress]);
+    for mac in [
+        "01:00:00:00:00:01",
+        "00:00:00:00:00:00",
+        "02:00:00:00:00",
+        "zz:00:00:00:00:01",
+        "2:0:0:0:0:1",
+        "+2:00:00:00:00:01",
+    ] {
+        let asked = claim(
+            Some("gold"),
+            NetworkRequest {
+                mac_address: Some(mac.into()),
+                ..wish()
+            },
+        );
+        let asked = ask(&asked, &cluster(&["gold"]), &[&lenient], 0);
+        assert_eq!(reason_of(asked), reason::OVERRIDE_NOT_ALLOWED, "{mac}");
+    }
+}
+
+fn granted_claim(fields: &[NetworkField], request: NetworkRequest) -> (VFClaim, VFClass) {
+    let gold = class("gold", fields);
+    let mut granted = claim(Some("gold"), request);
+    let admitted = ask(&granted, &cluster(&["gold"]), &[&gold], 0).unwrap();
+    granted.status = Some(VFClaimStatus {
+        admitted: Some(admitted),
+        ..VFClaimStatus::default()
+    });
+    granted.metadata.generation = Some(2);
+    (granted, gold)
+}
+
+#[test]
+fn a_class_edited_or_deleted_later_does_not_reach_a_granted_claim() {
+    let (claim, mut gold) = granted_claim(&[NetworkField::MacAddress], wish());
+    let before = claim.status.as_ref().unwrap().admitted.clone().unwrap();
+    gold.spec.network.vlan = Some(Vlan { id: 99, qos: None });
+    gold.spec.pf_selector.drivers = vec!["ice".into()];
+    for classes in [vec![&gold], vec![]] {
+        let after = ask(&claim, &cluster(&["gold"]), &classes, 0).unwrap();
+        assert_eq!(after.observed_generation, 2);
+        assert_eq!(
+            (after.network, after.pf_selector),
+            (before.network.clone(), before.pf_selector.clone())
+        );
+    }
+}
+
+#[test]
+fn a_changed_network_is_granted_but_a_mac_in_use_stays() {
+    let fields = [NetworkField::MacAddress, NetworkField::Vlan];
+    let (mut claim, gold) = granted_claim(&fields, wish());
+    let blue = cluster(&["gold"]);
+    claim.spec.network = Some(NetworkRequest {
+        vlan: Some(Vlan { id: 9, qos: None }),
+        ..wish()
+    });
+    let granted = ask(&claim, &blue, &[&gold], 0).unwrap();
+    assert_eq!(granted.network.vlan.unwrap().id, 9);
+    claim.spec.network = Some(NetworkRequest {
+        mac_address: Some("02:00:00:00:00:01".into()),
+        ..wish()
+    });
+    assert!(ask(&claim, &blue, &[&gold], 0).is_ok());
+    claim.status.as_mut().unwrap().device = Some(
+        serde_json::from_value(serde_json::json!({
+            "nodeName": "n", "physicalFunction": "p", "vfIndex": 0,
+        }))
+        .unwrap(),
+    );
+    assert_eq!(
+        reason_of(ask(&claim, &blue, &[&gold], 0)),
+        reason::OVERRIDE_NOT_ALLOWED
+    );
+}
+
+proptest! {
+    #[test]
+    fn derived_macs_are_local_unicast_and_stable(uid in ".{0,64}") {
+        let mac = derived_mac(&uid);
+        prop_assert_eq!(normal_mac(&mac), Ok(mac.clone()));
+        let first = u8::from_str_radix(&mac[..2], 16).unwrap();
+        prop_assert_eq!(first & 3, 2);
+        prop_assert_eq!(derived_mac(&uid), mac);
+    }
+
+    /// Whatever is asked for, what the class does not open stays at its default.
+    #[test]
+    fn no_wish_passes_a_closed_class(
+        mac in proptest::option::of("[0-9a-f]{2}(:[0-9a-f]{2}){5}"),
+        id in proptest::option::of(0_u16..5000),
+        spoof in proptest::option::of(any::<bool>()),
+        trust in proptest::option::of(any::<bool>()),
+    ) {
+        let gold = class("gold", &[]);
+        let request = NetworkRequest {
+            mac_address: mac,
+            vlan: id.map(|id| Vlan { id, qos: None }),
+            spoof_check: spoof,
+            trust,
+        };
+        let asked = ask(&claim(Some("gold"), request), &cluster(&["gold"]), &[&gold], 0);
+        if let Ok(granted) = asked {
+            prop_assert_eq!(granted.network, defaults(&gold.spec.network, "guest-uid"));
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Carries out the plan of one claim: at most one finalizer write, one
+//! compare-and-swap decision and one report, each only when something changes.
+
+use std::sync::Arc;
+
+use common::api::{GuestCluster, HOST_FINALIZER, VFClaim, condition, type_};
+use common::kube::status::{Report, decide, report};
+use common::kube::{ErrorClass, class_of, finalizer, is_conflict};
+use kube::api::Api;
+use kube::core::DeserializeGuard;
+use kube::{Client, Resource as _, ResourceExt as _};
+use serde_json::{Map, json};
+
+use super::caches::{Guarded, readable};
+use super::plan::{Known, Plan, plan};
+use super::quota::Ledger;
+use super::refusal::Refusal;
+use super::run::{Controller, MANAGER, ReconcileError};
+
+/// Reconciles one claim.
+pub(super) async fn reconcile(
+    controller: &Controller,
+    claim: &VFClaim,
+) -> Result<(), ReconcileError> {
+    let api: Api<VFClaim> = namespaced(&controller.client, claim);
+    let mut clusters = controller.caches.clusters();
+    let mut due = decide_with(controller, claim, &clusters);
+    if let Some((cluster, uid)) = due.pin.take() {
+        let pinned = pin(controller, &cluster, &uid).await?;
+        clusters.retain(|c| c.name_any() != cluster);
+        clusters.push(Arc::new(DeserializeGuard(Ok(pinned))));
+        due = decide_with(controller, claim, &clusters);
+    }
+    let done = carry_out(controller, &api, claim, &due).await;
+    if let Err(error) = &done {
+        // An error of unknown outcome keeps its place in the quota: the write
+        // may have been done.
+        if class_of(error) != ErrorClass::Retry {
+            controller.ledger.forget(claim);
+        }
+    }
+    done.map_err(ReconcileError::from)
+}
+
+/// Plans under the ledger's lock, so that two claims cannot both take the last
+/// place of a quota.
+fn decide_with(
+    controller: &Controller,
+    claim: &VFClaim,
+    clusters: &[Arc<Guarded<GuestCluster>>],
+) -> Plan {
+    let caches = &controller.caches;
+    let classes = caches.classes();
+    let vmis = claim
+        .spec
+        .guest
+        .as_ref()
+        .map(|guest| caches.vmis_with_uuid(&guest.system_uuid))
+        .unwrap_or_default();
+    let (classes, clusters) = (readable(&classes), readable(clusters));
+    let counted = has_quota(claim, &clusters).then(|| {
+        let namespace = claim.namespace().unwrap_or_default();
+        caches.claims_in(&namespace)
+    });
+    controller.ledger.with(|reserved| {
+        let admitted_others = counted
+            .as_ref()
+            .map_or(0, |all| Ledger::others(reserved, claim, &readable(all)));
+        let known = Known {
+            clusters: &clusters,
+            classes: &classes,
+            vmis: &vmis,
+            admitted_others,
+        };
+        let due = plan(claim, &known);
+        if due.decision.is_some() && counted.is_some() {
+            Ledger::reserve(reserved, claim);
+        }
+        due
+    })
+}
+
+/// Only the first grant counts against a quota.
+fn has_quota(claim: &VFClaim, clusters: &[&GuestCluster]) -> bool {
+    let granted = claim.status.as_ref().is_some_and(|s| s.admitted.is_some());
+    let guest = claim.spec.guest.as_ref().map(|g| g.cluster.as_str());
+    !granted
+        && clusters
+            .iter()
+            .any(|c| Some(c.name_any().as_str()) == guest && c.spec.quota.claims.is_some())
+}
+
+/// Pins the guest's cluster UID before anything is granted to it. Whoever was
+/// quicker decides; the plan made with what is returned says the rest.
+async fn pin(
+    controller: &Controller,
+    name: &str,
+    uid: &str,
+) -> Result<GuestCluster, ReconcileError> {
+    let api: Api<GuestCluster> = Api::all(controller.client.clone());
+    loop {
+        let cluster = api.get(name).await?;
+        if cluster
+            .status
+            .as_ref()
+            .is_some_and(|s| s.cluster_uid.is_some())
+        {
+            return Ok(cluster);
+        }
+        match decide(&api, &cluster, MANAGER, &json!({"clusterUID": uid})).await {
+            Ok(pinned) => return Ok(pinned),
+            Err(error) if is_conflict(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn carry_out(
+    controller: &Controller,
+    api: &Api<VFClaim>,
+    claim: &VFClaim,
+    due: &Plan,
+) -> Result<(), kube::Error> {
+    if due.release {
+        finalizer::remove(api, claim, HOST_FINALIZER).await?;
+        controller.ledger.forget(claim);
+        return Ok(());
+    }
+    let mut latest = claim.clone();
+    if due.finalizer
+        && let Some(written) = finalizer::add(api, &latest, HOST_FINALIZER).await?
+    {
+        latest = written;
+    }
+    if let Some(fields) = &due.decision {
+        latest = decide(api, &latest, MANAGER, fields).await?;
+    }
+    let Some(conditions) = &due.conditions else {
+        return Ok(());
+    };
+    let says = Report {
+        manager: MANAGER,
+        owned: &[type_::ADMITTED, type_::RESOLVED],
+        conditions: conditions.clone(),
+        observed_generation: claim.metadata.generation,
+        fields: Map::new(),
+    };
+    let before = latest.status.clone().unwrap_or_default().conditions;
+    let written = report(api, &latest, &before, &Map::new(), &says).await?;
+    if let (Some(_), Some(refusal)) = (written, &due.refusal)
+        && is_new(claim, refusal)
+    {
+        let on = claim.object_ref(&());
+        let (reason, message) = (refusal.reason, &refusal.message);
+        controller
+            .events
+            .warning(&on, "Admit", reason, message)
+            .await;
+        controller.metrics.refused(refusal.reason);
+    }
+    Ok(())
+}
+
+/// True when no condition of the claim says it yet.
+fn is_new(claim: &VFClaim, refusal: &Refusal) -> bool {
+    let conditions = claim.status.clone().unwrap_or_default().conditions;
+    ![type_::ADMITTED, type_::RESOLVED]
+        .iter()
+        .any(|type_| condition(&conditions, type_).is_some_and(|c| c.reason == refusal.reason))
+}
+
+fn namespaced(client: &Client, claim: &VFClaim) -> Api<VFClaim> {
+    Api::namespaced(client.clone(), &claim.namespace().unwrap_or_default())
+}

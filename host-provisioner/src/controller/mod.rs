@@ -1,0 +1,25 @@
+//! The host controller: admits claims, finds their VMs and host nodes, and gives
+//! guests their namespaces and rights.
+//!
+//! It writes `status.admitted`, `vm`, `hostNode`, `launcher` and the conditions
+//! Admitted and Resolved of a claim, its finalizer, and the status of
+//! `GuestCluster`s. It touches no pod and no hardware. Decisions are plain
+//! functions (`identity`, `admit`, `resolve`, `plan`, `guests`); `claims` and
+//! `guests_apply` carry them out.
+
+pub mod admit;
+mod caches;
+mod claims;
+pub mod guests;
+mod guests_apply;
+pub mod identity;
+mod metrics;
+pub mod plan;
+mod quota;
+mod refusal;
+pub mod resolve;
+mod run;
+pub mod vmi;
+
+pub use refusal::Refusal;
+pub use run::{ControllerError, MANAGER, Settings, run};

@@ -1,0 +1,105 @@
+//! What can go wrong with the kernel. The errno and the path or request stay.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use common::pci::PciAddress;
+use thiserror::Error;
+
+/// A failed question or order to the kernel.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// A file of sysfs, procfs or `/dev`.
+    #[error("cannot {action} {}: {source}", path.display())]
+    File {
+        /// `read`, `write "7" to`, `open`, ...
+        action: String,
+        path: PathBuf,
+        source: io::Error,
+    },
+    /// A file whose content is not what the kernel's ABI says.
+    #[error("{} holds {text:?}, which is not {expected}", path.display())]
+    Content {
+        path: PathBuf,
+        text: String,
+        expected: &'static str,
+    },
+    #[error("there is no PCI function {0} on this host")]
+    NoSuchFunction(PciAddress),
+    #[error("{0} cannot have virtual functions (no sriov_totalvfs)")]
+    NotAPhysicalFunction(PciAddress),
+    #[error("{0} is not a virtual function (no physfn), so it is left alone")]
+    NotAVirtualFunction(PciAddress),
+    #[error(
+        "physical function {0} has no network interface, so its VFs' settings cannot be reached"
+    )]
+    NoInterface(PciAddress),
+    #[error("the kernel reports no VF {index} on {interface}")]
+    NoSuchVf { interface: String, index: u16 },
+    /// The write to `sriov_numvfs` succeeded but the count is another.
+    #[error("{pf} was asked for {wanted} VFs, the write succeeded, and it has {got}")]
+    VfCount {
+        pf: PciAddress,
+        wanted: u16,
+        got: u16,
+    },
+    #[error("{vf} has driver {} where {} was due", name(found.as_deref()), name(wanted.as_deref()))]
+    WrongDriver {
+        vf: PciAddress,
+        found: Option<String>,
+        wanted: Option<String>,
+    },
+    /// A netlink request, with its errno.
+    #[error("netlink, {request}: {source}")]
+    Netlink { request: String, source: io::Error },
+    /// An answer that is not rtnetlink.
+    #[error("netlink, {request}: {detail}")]
+    NetlinkAnswer { request: String, detail: String },
+    /// The kernel took a setting and reports another.
+    #[error("VF {index} of {interface}: {setting} was set to {wanted} and reads back as {got}")]
+    Readback {
+        interface: String,
+        index: u16,
+        setting: &'static str,
+        wanted: String,
+        got: String,
+    },
+    #[error("{what} did not come within {millis} ms")]
+    Timeout { what: String, millis: u128 },
+}
+
+fn name(driver: Option<&str>) -> &str {
+    driver.unwrap_or("none")
+}
+
+impl KernelError {
+    pub(crate) fn file(action: impl Into<String>, path: &Path, source: io::Error) -> Self {
+        Self::File {
+            action: action.into(),
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// The kernel's error number, where it gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::File { source, .. } | Self::Netlink { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+}
+
+/// Why a vfio group could not be opened.
+#[derive(Debug, Error)]
+pub enum HoldError {
+    /// EBUSY: QEMU, a dead QEMU's vhost thread, or somebody else has it.
+    #[error("IOMMU group {group} is in use: somebody has /dev/vfio/{group} open")]
+    Busy { group: u32 },
+    /// ENODEV or ENOENT: no member is bound to a vfio driver.
+    #[error("IOMMU group {group} has no device on a vfio driver")]
+    NoDevice { group: u32 },
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}

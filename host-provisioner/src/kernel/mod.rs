@@ -1,0 +1,86 @@
+//! The host's kernel, as far as SR-IOV and vfio need it: the only code of this
+//! program that touches `/sys`, `/dev/vfio` and netlink.
+//!
+//! Everything here blocks; an async caller uses `spawn_blocking`. No function
+//! decides whether a device may be touched: that is the planner's, and every
+//! writing function says what its caller must have proven.
+
+mod config_space;
+mod error;
+#[cfg(any(test, feature = "fake-kernel"))]
+pub mod fake;
+mod host_use;
+mod netlink;
+mod real;
+mod sysfs;
+mod types;
+mod vfio;
+
+use common::pci::PciAddress;
+
+pub use error::{HoldError, KernelError};
+pub use real::RealKernel;
+pub use types::{
+    MacAddr, MacError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig, VfFacts, VlanTag,
+};
+pub use vfio::GroupHold;
+
+/// What the node agent asks of the kernel of its host.
+pub trait Kernel: Send + Sync + 'static {
+    /// What the node can do: kernel, boot, IOMMU, lockdown, vfio.
+    fn node_facts(&self) -> Result<NodeFacts, KernelError>;
+
+    /// Every PCI function with `sriov_totalvfs` above 0, by address.
+    fn physical_functions(&self) -> Result<Vec<PfFacts>, KernelError>;
+
+    /// One physical function.
+    fn physical_function(&self, pf: PciAddress) -> Result<PfFacts, KernelError>;
+
+    /// The VFs that exist, by index; empty when there is none.
+    fn virtual_functions(&self, pf: PciAddress) -> Result<Vec<VfFacts>, KernelError>;
+
+    /// Brings the number of VFs to `count`: from 0, or to 0.
+    ///
+    /// The VFs get no driver (`sriov_drivers_autoprobe` is turned off first).
+    /// Returns when the kernel reads back `count` and every VF's links exist;
+    /// a driver that made another number is [`KernelError::VfCount`], because
+    /// the kernel calls that a success (drivers/pci/iov.c, `sriov_numvfs_store`).
+    ///
+    /// The caller has proven that no VF of `pf` is in use: the kernel does not check.
+    fn set_num_vfs(&self, pf: PciAddress, count: u16) -> Result<(), KernelError>;
+
+    /// The VF's settings as the kernel reports them.
+    fn vf_config(&self, pf: &PfFacts, index: u16) -> Result<VfConfig, KernelError>;
+
+    /// Makes the VF's settings `want`, one netlink request a setting that
+    /// differs, and reads them back.
+    ///
+    /// # Errors
+    /// [`KernelError::Netlink`] names the setting and keeps the errno;
+    /// [`KernelError::Readback`] when the kernel took it and reports another.
+    fn set_vf_config(&self, pf: &PfFacts, index: u16, want: &VfConfig) -> Result<(), KernelError>;
+
+    /// Takes an interface administratively up; no-op when it is.
+    fn set_link_up(&self, interface: &str) -> Result<(), KernelError>;
+
+    /// Binds a driverless VF to vfio-pci; no-op when it is bound to it.
+    ///
+    /// A VF on any other driver is refused ([`KernelError::WrongDriver`]): call
+    /// [`Kernel::unbind`] first, having proven that nobody uses it.
+    fn bind_vfio(&self, vf: PciAddress) -> Result<(), KernelError>;
+
+    /// Leaves the VF without a driver. The caller has proven that nobody uses
+    /// it: unbinding a vfio device in use waits, uninterruptible, for its user.
+    fn unbind(&self, vf: PciAddress) -> Result<(), KernelError>;
+
+    /// Function level reset. The caller holds the VF's group.
+    fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError>;
+
+    /// Opens `/dev/vfio/<group>`, which one process can at a time, and keeps it
+    /// until the hold is dropped.
+    ///
+    /// # Errors
+    /// [`HoldError::Busy`] when somebody has it open; [`HoldError::NoDevice`]
+    /// when no member is on a vfio driver any more.
+    fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError>;
+}

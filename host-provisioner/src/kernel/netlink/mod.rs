@@ -1,0 +1,90 @@
+//! What is asked of rtnetlink, behind a trait so that everything above it is
+//! tested without a card. `socket` speaks to the kernel, `parse` reads its
+//! answers and does no I/O.
+
+mod parse;
+mod socket;
+
+use std::fmt;
+
+use super::{KernelError, MacAddr, VfConfig, VlanTag};
+
+pub use socket::RtNetlink;
+
+/// A network interface, as far as we care.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    /// Administratively up.
+    pub up: bool,
+    pub mac: Option<MacAddr>,
+    pub permanent_mac: Option<MacAddr>,
+    /// The bond, bridge, team or VRF that it is part of.
+    pub master: Option<u32>,
+    /// The interface below it, of a VLAN or macvlan in this network namespace.
+    pub lower: Option<u32>,
+    /// `bond`, `bridge`, `vlan`, ...; absent for hardware.
+    pub kind: Option<String>,
+}
+
+/// Who uses which interface for the host's own traffic.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetUse {
+    pub links: Vec<Link>,
+    /// Interface index and address, global scope only, with prefix length.
+    pub addresses: Vec<(u32, String)>,
+    /// Indexes of the interfaces that a default route leaves by.
+    pub default_routes: Vec<u32>,
+}
+
+/// One setting of a VF: a request of its own, so that a refusal names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VfSetting {
+    Mac(MacAddr),
+    Vlan(Option<VlanTag>),
+    SpoofCheck(bool),
+    Trust(bool),
+}
+
+impl VfSetting {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mac(_) => "MAC",
+            Self::Vlan(_) => "VLAN",
+            Self::SpoofCheck(_) => "spoof check",
+            Self::Trust(_) => "trust",
+        }
+    }
+
+    pub fn value(self) -> String {
+        match self {
+            Self::Mac(mac) => mac.to_string(),
+            Self::Vlan(None) => "none".to_owned(),
+            Self::Vlan(Some(tag)) => tag.to_string(),
+            Self::SpoofCheck(on) | Self::Trust(on) => if on { "on" } else { "off" }.to_owned(),
+        }
+    }
+
+    /// Every setting of `config`. Trust is last: the rest holds before a guest
+    /// may change anything.
+    pub const fn all(config: &VfConfig) -> [Self; 4] {
+        [
+            Self::Mac(config.mac),
+            Self::Vlan(config.vlan),
+            Self::SpoofCheck(config.spoof_check),
+            Self::Trust(config.trust),
+        ]
+    }
+}
+
+/// The questions and orders.
+pub trait Netlink: Send + Sync + fmt::Debug + 'static {
+    /// Links, addresses and default routes.
+    fn net_use(&self) -> Result<NetUse, KernelError>;
+    /// One VF as the kernel has it.
+    fn vf(&self, interface: &str, index: u16) -> Result<VfConfig, KernelError>;
+    fn set_vf(&self, interface: &str, index: u16, setting: VfSetting) -> Result<(), KernelError>;
+    fn is_up(&self, interface: &str) -> Result<bool, KernelError>;
+    fn set_up(&self, interface: &str) -> Result<(), KernelError>;
+}

@@ -1,0 +1,341 @@
+//! Reads rtnetlink's answers. Only the attributes that are needed are parsed:
+//! a kernel that is newer than the packet library must not make an interface
+//! unreadable by an attribute that nobody here looks at.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NlaBuffer, NlasIterator,
+    ParseableParametrized as _,
+};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::link::{LinkAttribute, VfInfo};
+
+use super::Link;
+use crate::kernel::{MacAddr, VfConfig, VlanTag};
+
+// include/uapi/linux/if_link.h
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_VFINFO_LIST: u16 = 22;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_PERM_ADDRESS: u16 = 54;
+const IFLA_INFO_KIND: u16 = 1;
+// include/uapi/linux/if_addr.h, rtnetlink.h
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const RTA_OIF: u16 = 4;
+const RTA_MULTIPATH: u16 = 9;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RTN_UNICAST: u8 = 1;
+const IFF_UP: u32 = 1;
+
+const LINK_HEADER: usize = 16;
+const ADDRESS_HEADER: usize = 8;
+const ROUTE_HEADER: usize = 12;
+
+/// An answer's body, not yet read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Body(pub Vec<u8>);
+
+impl NetlinkDeserializable for Body {
+    type Error = DecodeError;
+
+    fn deserialize(_header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(Self(payload.to_vec()))
+    }
+}
+
+type Attribute<'a> = NlaBuffer<&'a [u8]>;
+
+/// The attributes behind a fixed header. A cut-off list is an error.
+fn attributes(body: &[u8], header: usize) -> Result<Vec<Attribute<'_>>, DecodeError> {
+    let rest = body
+        .get(header..)
+        .ok_or_else(|| DecodeError::buffer_too_small(body.len(), header))?;
+    NlasIterator::new(rest).collect()
+}
+
+fn number(bytes: &[u8], offset: usize) -> Result<u32, DecodeError> {
+    bytes
+        .get(offset..offset + 4)
+        .and_then(|four| four.try_into().ok())
+        .map(u32::from_ne_bytes)
+        .ok_or_else(|| DecodeError::buffer_too_small(bytes.len(), offset + 4))
+}
+
+fn byte(bytes: &[u8], offset: usize) -> Result<u8, DecodeError> {
+    bytes
+        .get(offset)
+        .copied()
+        .ok_or_else(|| DecodeError::buffer_too_small(bytes.len(), offset + 1))
+}
+
+fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
+    String::from_utf8_lossy(value.get(..end).unwrap_or_default()).into_owned()
+}
+
+/// Six bytes make a MAC; other link layers (InfiniBand) have other lengths.
+fn mac(value: &[u8]) -> Option<MacAddr> {
+    value.try_into().ok().map(MacAddr)
+}
+
+/// An `RTM_NEWLINK` body.
+pub(super) fn link(body: &[u8]) -> Result<Link, DecodeError> {
+    let mut link = Link {
+        index: number(body, 4)?,
+        up: number(body, 8)? & IFF_UP != 0,
+        ..Link::default()
+    };
+    let mut elsewhere = false;
+    for attribute in attributes(body, LINK_HEADER)? {
+        let value = attribute.value();
+        match attribute.kind() {
+            IFLA_IFNAME => link.name = text(value),
+            IFLA_ADDRESS => link.mac = mac(value),
+            // Software devices may report zero: not an address.
+            IFLA_PERM_ADDRESS => link.permanent_mac = mac(value).filter(|mac| !mac.is_zero()),
+            IFLA_MASTER => link.master = Some(number(value, 0)?).filter(|index| *index != 0),
+            IFLA_LINK => link.lower = Some(number(value, 0)?).filter(|index| *index != 0),
+            IFLA_LINK_NETNSID => elsewhere = true,
+            IFLA_LINKINFO => {
+                for info in attributes(value, 0)? {
+                    if info.kind() == IFLA_INFO_KIND {
+                        link.kind = Some(text(info.value()));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    // The index of a lower interface in another namespace means nothing here,
+    // and a veth's "lower" is its peer.
+    if elsewhere || link.kind.as_deref() == Some("veth") {
+        link.lower = None;
+    }
+    Ok(link)
+}
+
+/// The VF of this index in an `RTM_NEWLINK` body; `None` when it is not listed.
+///
+/// A setting that the PF's driver does not report reads as off.
+pub(super) fn vf(body: &[u8], index: u16) -> Result<Option<VfConfig>, DecodeError> {
+    for attribute in attributes(body, LINK_HEADER)? {
+        if attribute.kind() != IFLA_VFINFO_LIST {
+            continue;
+        }
+        let parsed = LinkAttribute::parse_with_param(&attribute, AddressFamily::Unspec)?;
+        let LinkAttribute::VfInfoList(vfs) = parsed else {
+            continue;
+        };
+        for infos in vfs {
+            if let Some(config) = vf_config(&infos.0, u32::from(index)) {
+                return Ok(Some(config));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn vf_config(infos: &[VfInfo], index: u32) -> Option<VfConfig> {
+    let mut config = VfConfig {
+        mac: MacAddr::ZERO,
+        vlan: None,
+        spoof_check: false,
+        trust: false,
+    };
+    let mut found = false;
+    for info in infos {
+        match info {
+            // The kernel begins each VF with its MAC (net/core/rtnetlink.c,
+            // rtnl_fill_vfinfo), so this alone decides which VF it is.
+            VfInfo::Mac(info) => {
+                found = info.vf_id == index;
+                config.mac = info.mac.get(..6).and_then(mac)?;
+            }
+            VfInfo::Vlan(info) => {
+                let tag = VlanTag {
+                    id: u16::try_from(info.vlan_id).ok()?,
+                    qos: u8::try_from(info.qos).ok()?,
+                };
+                // Identifier 0 with a priority is a tag too.
+                config.vlan = Some(tag).filter(|tag| tag.id != 0 || tag.qos != 0);
+            }
+            VfInfo::SpoofCheck(info) => config.spoof_check = info.enabled,
+            VfInfo::Trust(info) => config.trust = info.enabled,
+            _ => {}
+        }
+    }
+    found.then_some(config)
+}
+
+/// An `RTM_NEWADDR` body: interface and address, when its scope is global.
+pub(super) fn global_address(body: &[u8]) -> Result<Option<(u32, String)>, DecodeError> {
+    let prefix = byte(body, 1)?;
+    if byte(body, 3)? != RT_SCOPE_UNIVERSE {
+        return Ok(None);
+    }
+    let index = number(body, 4)?;
+    let mut address = None;
+    for attribute in attributes(body, ADDRESS_HEADER)? {
+        // On a point-to-point interface IFA_ADDRESS is the peer's, so the
+        // local one wins where both are there.
+        let value = match attribute.kind() {
+            IFA_LOCAL => ip(attribute.value()),
+            IFA_ADDRESS if address.is_none() => ip(attribute.value()),
+            _ => continue,
+        };
+        address = value.or(address);
+    }
+    Ok(address.map(|address| (index, format!("{address}/{prefix}"))))
+}
+
+fn ip(value: &[u8]) -> Option<String> {
+    if let Ok(four) = <[u8; 4]>::try_from(value) {
+        return Some(Ipv4Addr::from(four).to_string());
+    }
+    let sixteen = <[u8; 16]>::try_from(value).ok()?;
+    Some(Ipv6Addr::from(sixteen).to_string())
+}
+
+/// An `RTM_NEWROUTE` body: the interfaces that it leaves by, when it is a
+/// default route, in whatever table.
+pub(super) fn default_route(body: &[u8]) -> Result<Vec<u32>, DecodeError> {
+    let (prefix, kind) = (byte(body, 1)?, byte(body, 7)?);
+    let mut interfaces = Vec::new();
+    if prefix != 0 || kind != RTN_UNICAST {
+        return Ok(interfaces);
+    }
+    for attribute in attributes(body, ROUTE_HEADER)? {
+        match attribute.kind() {
+            RTA_OIF => interfaces.push(number(attribute.value(), 0)?),
+            RTA_MULTIPATH => interfaces.extend(next_hops(attribute.value())?),
+            _ => {}
+        }
+    }
+    Ok(interfaces)
+}
+
+/// `struct rtnexthop`: length (16 bits, attributes included), flags, hops, interface.
+fn next_hops(mut rest: &[u8]) -> Result<Vec<u32>, DecodeError> {
+    const HEADER: usize = 8;
+    let mut interfaces = Vec::new();
+    while rest.len() >= HEADER {
+        interfaces.push(number(rest, 4)?);
+        let length = usize::from(u16::from_ne_bytes([byte(rest, 0)?, byte(rest, 1)?]));
+        let next = length.max(HEADER).next_multiple_of(4);
+        rest = rest.get(next..).unwrap_or_default();
+    }
+    Ok(interfaces)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::Emitable as _;
+    use netlink_packet_route::link::{
+        InfoKind, LinkFlags, LinkInfo, LinkMessage, LinkVfInfo, VfInfoLinkState, VfInfoMac,
+        VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState,
+    };
+
+    use super::*;
+
+    fn bytes(message: &LinkMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    fn message(attributes: Vec<LinkAttribute>) -> Vec<u8> {
+        let mut message = LinkMessage::default();
+        message.header.index = 7;
+        message.header.flags = LinkFlags::Up;
+        message.attributes = attributes;
+        bytes(&message)
+    }
+
+    fn vf_infos(index: u32, vlan: (u32, u32), on: bool) -> LinkVfInfo {
+        LinkVfInfo(vec![
+            VfInfo::Mac(VfInfoMac::new(index, &[2, 0, 0, 0, 0, index as u8])),
+            VfInfo::Vlan(VfInfoVlan::new(index, vlan.0, vlan.1)),
+            VfInfo::SpoofCheck(VfInfoSpoofCheck::new(index, on)),
+            VfInfo::LinkState(VfInfoLinkState::new(index, VfLinkState::Auto)),
+            VfInfo::Trust(VfInfoTrust::new(index, !on)),
+        ])
+    }
+
+    #[test]
+    fn a_vf_is_found_among_others() {
+        let body = message(vec![
+            LinkAttribute::IfName("enp1s0".to_owned()),
+            LinkAttribute::VfInfoList(vec![
+                vf_infos(0, (0, 0), true),
+                vf_infos(1, (100, 3), false),
+                vf_infos(2, (0, 5), true),
+            ]),
+        ]);
+        let config = |index, vlan, on: bool| VfConfig {
+            mac: MacAddr([2, 0, 0, 0, 0, index]),
+            vlan,
+            spoof_check: on,
+            trust: !on,
+        };
+        assert_eq!(vf(&body, 0).unwrap(), Some(config(0, None, true)));
+        let tag = VlanTag { id: 100, qos: 3 };
+        assert_eq!(vf(&body, 1).unwrap(), Some(config(1, Some(tag), false)));
+        let priority = VlanTag { id: 0, qos: 5 };
+        assert_eq!(vf(&body, 2).unwrap(), Some(config(2, Some(priority), true)));
+        assert_eq!(vf(&body, 3).unwrap(), None);
+        assert_eq!(vf(&message(Vec::new()), 0).unwrap(), None);
+    }
+
+    #[test]
+    fn a_vlan_link_is_read() {
+        let body = message(vec![
+            LinkAttribute::IfName("eth0.5".to_owned()),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 9]),
+            LinkAttribute::PermAddress(vec![0; 6]),
+            LinkAttribute::Link(2),
+            LinkAttribute::Controller(4),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vlan)]),
+        ]);
+        let expected = Link {
+            index: 7,
+            name: "eth0.5".to_owned(),
+            up: true,
+            mac: Some(MacAddr([2, 0, 0, 0, 0, 9])),
+            permanent_mac: None,
+            master: Some(4),
+            lower: Some(2),
+            kind: Some("vlan".to_owned()),
+        };
+        assert_eq!(link(&body).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_lower_link_of_another_namespace_means_nothing() {
+        let body = message(vec![LinkAttribute::Link(2), LinkAttribute::LinkNetNsId(0)]);
+        assert_eq!(link(&body).unwrap().lower, None);
+        let veth = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]);
+        let body = message(vec![LinkAttribute::Link(2), veth]);
+        assert_eq!(link(&body).unwrap().lower, None);
+    }
+
+    #[test]
+    fn a_cut_off_answer_is_an_error() {
+        let whole = message(vec![LinkAttribute::IfName("enp1s0".to_owned())]);
+        for length in [0, 7, LINK_HEADER - 1, LINK_HEADER + 6] {
+            assert!(link(&whole[..length]).is_err(), "{length}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_end_in_an_answer(body in proptest::collection::vec(0_u8.., 0..256)) {
+            let _ = (link(&body), vf(&body, 1), global_address(&body), default_route(&body));
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! A blocking rtnetlink socket: one request, its answers, one errno.
+
+use std::io;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage as Request;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{
+    LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoMac,
+    VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan,
+};
+use netlink_packet_route::route::RouteMessage;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::parse::{self, Body};
+use super::{Link, NetUse, Netlink, VfSetting};
+use crate::kernel::{KernelError, VfConfig};
+
+/// Speaks to the kernel of the network namespace that the process is in. A
+/// socket a request: they are cheap, and an answer left over from a request
+/// that failed half way cannot be taken for another's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RtNetlink;
+
+/// NLMSG_ERROR/NLMSG_DONE end every request; a dump that was changed under the
+/// reader says so by this flag (include/uapi/linux/netlink.h).
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// An interrupted dump is asked for again so often.
+const DUMP_TRIES: usize = 8;
+
+/// What one request brought.
+enum Answer {
+    Complete(Vec<Vec<u8>>),
+    /// The tables changed meanwhile: what was read may miss something.
+    Interrupted,
+}
+
+fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelError> {
+    let fail = |source| KernelError::Netlink {
+        request: what.to_owned(),
+        source,
+    };
+    let bad = |detail: String| KernelError::NetlinkAnswer {
+        request: what.to_owned(),
+        detail,
+    };
+    let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail)?;
+    socket.bind_auto().map_err(fail)?;
+    socket.connect(&SocketAddr::new(0, 0)).map_err(fail)?;
+
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    header.sequence_number = 1;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    socket.send(&bytes, 0).map_err(fail)?;
+
+    let mut answers = Vec::new();
+    let mut interrupted = false;
+    loop {
+        let (datagram, _) = socket.recv_from_full().map_err(fail)?;
+        let mut rest = datagram.as_slice();
+        while !rest.is_empty() {
+            let answer = NetlinkMessage::<Body>::deserialize(rest)
+                .map_err(|error| bad(error.to_string()))?;
+            interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+            let length = usize::try_from(answer.header.length).unwrap_or(usize::MAX);
+            match answer.payload {
+                NetlinkPayload::InnerMessage(Body(body)) => answers.push(body),
+                NetlinkPayload::Error(error) => {
+                    return match error.code {
+                        None => Ok(Answer::Complete(answers)),
+                        Some(code) => Err(fail(io::Error::from_raw_os_error(-code.get()))),
+                    };
+                }
+                NetlinkPayload::Done(_) if interrupted => return Ok(Answer::Interrupted),
+                NetlinkPayload::Done(done) if done.code < 0 => {
+                    return Err(fail(io::Error::from_raw_os_error(-done.code)));
+                }
+                NetlinkPayload::Done(_) => return Ok(Answer::Complete(answers)),
+                NetlinkPayload::Overrun(_) => {
+                    return Err(fail(io::Error::from_raw_os_error(libc::ENOBUFS)));
+                }
+                _ => {}
+            }
+            // Messages in a datagram are aligned to 4 bytes.
+            let next = length.max(1).next_multiple_of(4);
+            rest = rest.get(next..).unwrap_or_default();
+        }
+    }
+}
+
+fn order(request: Request, what: &str) -> Result<(), KernelError> {
+    exchange(request, NLM_F_REQUEST | NLM_F_ACK, what).map(|_| ())
+}
+
+fn dump(request: &Request, what: &str) -> Result<Vec<Vec<u8>>, KernelError> {
+    for _ in 0..DUMP_TRIES {
+        if let Answer::Complete(answers) =
+            exchange(request.clone(), NLM_F_REQUEST | NLM_F_DUMP, what)?
+        {
+            return Ok(answers);
+        }
+    }
+    Err(KernelError::NetlinkAnswer {
+        request: what.to_owned(),
+        detail: format!("the tables changed during each of {DUMP_TRIES} reads"),
+    })
+}
+
+/// Reads every answer; one that cannot be read fails the whole, because what
+/// is missing may be the node's default route.
+fn read_all<T>(
+    what: &str,
+    bodies: &[Vec<u8>],
+    read: impl Fn(&[u8]) -> Result<T, netlink_packet_core::DecodeError>,
+) -> Result<Vec<T>, KernelError> {
+    bodies
+        .iter()
+        .map(|body| {
+            read(body).map_err(|error| KernelError::NetlinkAnswer {
+                request: what.to_owned(),
+                detail: error.to_string(),
+            })
+        })
+        .collect()
+}
+
+fn named(interface: &str) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message
+        .attributes
+        .push(LinkAttribute::IfName(interface.to_owned()));
+    message
+}
+
+/// `RTM_GETLINK` of one interface, with its VFs.
+fn get_link(interface: &str) -> Result<Vec<u8>, KernelError> {
+    let what = format!("read interface {interface}");
+    let mut message = named(interface);
+    message
+        .attributes
+        .push(LinkAttribute::ExtMask(vec![LinkExtentMask::Vf]));
+    let answer = exchange(Request::GetLink(message), NLM_F_REQUEST | NLM_F_ACK, &what)?;
+    let first = match answer {
+        Answer::Complete(bodies) => bodies.into_iter().next(),
+        Answer::Interrupted => None,
+    };
+    first.ok_or(KernelError::NetlinkAnswer {
+        request: what,
+        detail: "no answer".to_owned(),
+    })
+}
+
+fn link_of(interface: &str) -> Result<Link, KernelError> {
+    let body = get_link(interface)?;
+    parse::link(&body).map_err(|error| KernelError::NetlinkAnswer {
+        request: format!("read interface {interface}"),
+        detail: error.to_string(),
+    })
+}
+
+impl Netlink for RtNetlink {
+    fn net_use(&self) -> Result<NetUse, KernelError> {
+        let what = "list interfaces";
+        let links = dump(&Request::GetLink(LinkMessage::default()), what)?;
+        let links = read_all(what, &links, parse::link)?;
+        let what = "list addresses";
+        let addresses = dump(&Request::GetAddress(AddressMessage::default()), what)?;
+        let addresses = read_all(what, &addresses, parse::global_address)?;
+        let what = "list routes";
+        let routes = dump(&Request::GetRoute(RouteMessage::default()), what)?;
+        let routes = read_all(what, &routes, parse::default_route)?;
+        Ok(NetUse {
+            links,
+            addresses: addresses.into_iter().flatten().collect(),
+            default_routes: routes.into_iter().flatten().collect(),
+        })
+    }
+
+    fn vf(&self, interface: &str, index: u16) -> Result<VfConfig, KernelError> {
+        let body = get_link(interface)?;
+        parse::vf(&body, index)
+            .map_err(|error| KernelError::NetlinkAnswer {
+                request: format!("read VF {index} of {interface}"),
+                detail: error.to_string(),
+            })?
+            .ok_or_else(|| KernelError::NoSuchVf {
+                interface: interface.to_owned(),
+                index,
+            })
+    }
+
+    fn set_vf(&self, interface: &str, index: u16, setting: VfSetting) -> Result<(), KernelError> {
+        let mut message = named(interface);
+        message
+            .attributes
+            .push(LinkAttribute::VfInfoList(vec![vf_info(index, setting)]));
+        let (name, value) = (setting.name(), setting.value());
+        let what = format!("set {name} of VF {index} of {interface} to {value}");
+        order(Request::SetLink(message), &what)
+    }
+
+    fn is_up(&self, interface: &str) -> Result<bool, KernelError> {
+        Ok(link_of(interface)?.up)
+    }
+
+    fn set_up(&self, interface: &str) -> Result<(), KernelError> {
+        let mut message = named(interface);
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        order(
+            Request::SetLink(message),
+            &format!("take interface {interface} up"),
+        )
+    }
+}
+
+fn vf_info(index: u16, setting: VfSetting) -> LinkVfInfo {
+    let vf = u32::from(index);
+    LinkVfInfo(vec![match setting {
+        VfSetting::Mac(mac) => VfInfo::Mac(VfInfoMac::new(vf, &mac.0)),
+        VfSetting::Vlan(tag) => VfInfo::Vlan(VfInfoVlan::new(
+            vf,
+            tag.map_or(0, |tag| u32::from(tag.id)),
+            tag.map_or(0, |tag| u32::from(tag.qos)),
+        )),
+        VfSetting::SpoofCheck(on) => VfInfo::SpoofCheck(VfInfoSpoofCheck::new(vf, on)),
+        VfSetting::Trust(on) => VfInfo::Trust(VfInfoTrust::new(vf, on)),
+    }])
+}

@@ -1,0 +1,302 @@
+//! What the kernel tells and takes, as plain values. No I/O.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use common::pci::{PciAddress, PciId};
+use thiserror::Error;
+
+/// The driver that hands a function to user space.
+pub const VFIO_PCI: &str = "vfio-pci";
+
+/// Where the kernel's file systems are; tests put folders of their own here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roots {
+    pub sys: PathBuf,
+    pub dev: PathBuf,
+    pub proc: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self {
+            sys: PathBuf::from("/sys"),
+            dev: PathBuf::from("/dev"),
+            proc: PathBuf::from("/proc"),
+        }
+    }
+}
+
+/// Not a MAC address.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0:?} is not a MAC address of six bytes, as in 02:00:00:00:00:01")]
+pub struct MacError(pub String);
+
+/// A 48-bit MAC address.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl MacAddr {
+    /// What an unset VF has: "none given, the guest's driver makes one up".
+    pub const ZERO: Self = Self([0; 6]);
+
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self == Self::ZERO
+    }
+
+    /// Group addresses are no station's own.
+    #[must_use]
+    pub const fn is_multicast(self) -> bool {
+        let [first, ..] = self.0;
+        first & 1 == 1
+    }
+}
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = MacError;
+
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let bad = || MacError(text.to_owned());
+        let mut bytes = [0_u8; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        match parts.next() {
+            None => Ok(Self(bytes)),
+            Some(_) => Err(bad()),
+        }
+    }
+}
+
+/// What the node itself can do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// As `uname -r`.
+    pub kernel_release: String,
+    /// `/proc/sys/kernel/random/boot_id`: another one means another boot.
+    pub boot_id: String,
+    /// Number of IOMMU groups; 0 means that there is no IOMMU or it is off.
+    pub iommu_groups: u32,
+    /// Mode of the kernel's lockdown; absent when it has none.
+    pub lockdown: Option<String>,
+    /// vfio-pci is registered with the PCI bus.
+    pub vfio_pci: bool,
+    /// `/dev/vfio/vfio` exists: the type1 container interface that QEMU opens.
+    pub vfio_container: bool,
+}
+
+/// One SR-IOV-capable function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PfFacts {
+    pub address: PciAddress,
+    pub vendor: PciId,
+    pub device: PciId,
+    /// The bound kernel driver.
+    pub driver: Option<String>,
+    /// Name of its network interface.
+    pub interface: Option<String>,
+    /// The interface's present MAC address.
+    pub mac: Option<MacAddr>,
+    /// The address burnt into the hardware (`IFLA_PERM_ADDRESS`).
+    pub permanent_mac: Option<MacAddr>,
+    /// Device serial number from the PCIe capability, 16 hex digits.
+    pub serial: Option<String>,
+    /// Physical slot, as named in `/sys/bus/pci/slots`.
+    pub slot: Option<String>,
+    /// The most VFs that it can have (`sriov_totalvfs`).
+    pub total_vfs: u16,
+    /// The VFs that it has (`sriov_numvfs`).
+    pub num_vfs: u16,
+    /// Absent when the machine has one node or does not say.
+    pub numa_node: Option<u16>,
+    pub iommu_group: Option<u32>,
+    /// Every function of its IOMMU group, itself among them, by address.
+    pub group_members: Vec<PciAddress>,
+    /// Why this PF is the host's own, in words: never written to then.
+    pub in_use_by_host: Option<String>,
+    /// What tells this piece of hardware from every other, see [`PfFacts::identify`].
+    pub identity: String,
+}
+
+impl PfFacts {
+    /// The identity from the other fields: the serial number and function
+    /// number; without a serial number the permanent MAC; without either the
+    /// slot or address. PCI addresses renumber when a card is added, so they are
+    /// the last resort. The function number is there because the two ports of a
+    /// card share one serial number (seen on mlx5).
+    #[must_use]
+    pub fn identify(&self) -> String {
+        let ids = format!("{}:{}", self.vendor, self.device);
+        if let Some(serial) = &self.serial {
+            return format!("{ids} serial {serial} function {}", self.address.function());
+        }
+        if let Some(mac) = self.permanent_mac {
+            return format!("{ids} mac {mac}");
+        }
+        match &self.slot {
+            Some(slot) => format!("{ids} slot {slot} function {}", self.address.function()),
+            None => format!("{ids} address {}", self.address),
+        }
+    }
+}
+
+/// One virtual function that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfFacts {
+    /// As in the PF's `virtfn<index>`.
+    pub index: u16,
+    pub address: PciAddress,
+    pub vendor: PciId,
+    pub device: PciId,
+    /// The bound kernel driver.
+    pub driver: Option<String>,
+    pub iommu_group: Option<u32>,
+    /// Every function of its IOMMU group, itself among them, by address.
+    pub group_members: Vec<PciAddress>,
+}
+
+/// An 802.1Q tag that the PF puts on and takes off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VlanTag {
+    /// 1 to 4094.
+    pub id: u16,
+    /// Priority, 0 to 7.
+    pub qos: u8,
+}
+
+impl fmt::Display for VlanTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} qos {}", self.id, self.qos)
+    }
+}
+
+/// What a PF does for one of its VFs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VfConfig {
+    /// Zero: none given.
+    pub mac: MacAddr,
+    pub vlan: Option<VlanTag>,
+    pub spoof_check: bool,
+    pub trust: bool,
+}
+
+impl VfConfig {
+    /// What a VF has that nobody holds: nothing of its last holder.
+    pub const CLEAN: Self = Self {
+        mac: MacAddr::ZERO,
+        vlan: None,
+        spoof_check: true,
+        trust: false,
+    };
+}
+
+impl VfConfig {
+    /// The settings in which what the kernel reports is not what was admitted.
+    ///
+    /// A trusted guest may change its own MAC, so the MAC of one is no drift.
+    #[must_use]
+    pub fn drift(&self, reported: &Self) -> Vec<&'static str> {
+        let differs = [
+            ("MAC", self.mac != reported.mac && !self.trust),
+            ("VLAN", self.vlan != reported.vlan),
+            ("spoof check", self.spoof_check != reported.spoof_check),
+            ("trust", self.trust != reported.trust),
+        ];
+        let drifted = differs.into_iter().filter(|(_, differs)| *differs);
+        drifted.map(|(setting, _)| setting).collect()
+    }
+}
+
+impl fmt::Display for VfConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let on = |flag| if flag { "on" } else { "off" };
+        write!(f, "MAC {}, ", self.mac)?;
+        match self.vlan {
+            Some(tag) => write!(f, "VLAN {tag}, ")?,
+            None => write!(f, "no VLAN, ")?,
+        }
+        write!(
+            f,
+            "spoof check {}, trust {}",
+            on(self.spoof_check),
+            on(self.trust)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_reads_back_as_it_was_written() {
+        for text in [
+            "00:00:00:00:00:00",
+            "02:00:00:00:00:aa",
+            "ff:ff:ff:ff:ff:ff",
+        ] {
+            assert_eq!(text.parse::<MacAddr>().unwrap().to_string(), text);
+        }
+        assert!("00:00:00:00:00:00".parse::<MacAddr>().unwrap().is_zero());
+        assert!(
+            "01:00:00:00:00:00"
+                .parse::<MacAddr>()
+                .unwrap()
+                .is_multicast()
+        );
+    }
+
+    #[test]
+    fn what_is_no_mac_is_refused() {
+        for text in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:aa:bb",
+            "02:00:00:00:00:a",
+            "02-00-00-00-00-aa",
+            "+2:00:00:00:00:aa",
+            "02:00:00:00:00:aa\n",
+        ] {
+            assert!(text.parse::<MacAddr>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn drift_names_the_settings() {
+        let other = VfConfig {
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            vlan: Some(VlanTag { id: 5, qos: 0 }),
+            spoof_check: false,
+            trust: true,
+        };
+        assert_eq!(VfConfig::CLEAN.drift(&VfConfig::CLEAN), Vec::<&str>::new());
+        assert_eq!(
+            VfConfig::CLEAN.drift(&other),
+            ["MAC", "VLAN", "spoof check", "trust"]
+        );
+        assert_eq!(
+            other.drift(&VfConfig::CLEAN),
+            ["VLAN", "spoof check", "trust"]
+        );
+    }
+}

@@ -1,0 +1,134 @@
+//! Binding to vfio-pci and holding vfio groups. Touches sysfs and `/dev/vfio`.
+
+use std::any::Any;
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+use common::pci::PciAddress;
+
+use super::{HoldError, KernelError, VFIO_PCI, sysfs, sysfs::Sysfs};
+
+/// An open vfio group: nobody else can open it until this is dropped.
+pub struct GroupHold {
+    group: u32,
+    /// The open file; the fake kernel keeps a mark of its own here.
+    _held: Box<dyn Any + Send + Sync>,
+}
+
+impl GroupHold {
+    pub(super) fn new(group: u32, held: impl Any + Send + Sync) -> Self {
+        Self {
+            group,
+            _held: Box::new(held),
+        }
+    }
+
+    /// Number of the group.
+    #[must_use]
+    pub const fn group(&self) -> u32 {
+        self.group
+    }
+}
+
+impl fmt::Debug for GroupHold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GroupHold({})", self.group)
+    }
+}
+
+/// Opens the group (drivers/vfio/group.c, `vfio_group_fops_open`): EBUSY while
+/// it is open anywhere, ENODEV when its last device has left vfio.
+pub(super) fn hold(dev: &Path, group: u32) -> Result<GroupHold, HoldError> {
+    let path = dev.join("vfio").join(group.to_string());
+    // The standard library adds O_CLOEXEC.
+    let opened = OpenOptions::new().read(true).write(true).open(&path);
+    match opened {
+        Ok(file) => Ok(GroupHold::new(group, file)),
+        Err(error) => Err(refusal(group, &path, error)),
+    }
+}
+
+fn refusal(group: u32, path: &Path, error: io::Error) -> HoldError {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => HoldError::Busy { group },
+        Some(libc::ENODEV | libc::ENOENT) => HoldError::NoDevice { group },
+        _ => HoldError::Kernel(KernelError::file("open", path, error)),
+    }
+}
+
+/// The driver bound to a function.
+pub(super) fn driver(sys: Sysfs<'_>, address: PciAddress) -> Result<Option<String>, KernelError> {
+    sysfs::link_name(&sys.device(address).join("driver"))
+}
+
+/// Refuses what is no VF: a PF or a card of the host is never bound, unbound
+/// or reset by a slip.
+pub(super) fn must_be_vf(sys: Sysfs<'_>, address: PciAddress) -> Result<(), KernelError> {
+    let device = sys.device(address);
+    if !sysfs::exists(&device)? {
+        return Err(KernelError::NoSuchFunction(address));
+    }
+    if sysfs::exists(&device.join("physfn"))? {
+        return Ok(());
+    }
+    Err(KernelError::NotAVirtualFunction(address))
+}
+
+/// `driver_override`, `drivers_probe`, and the override cleared again whatever
+/// came of it: it would outlive this use of the VF. Never `new_id`, which
+/// would claim every device of that id.
+pub(super) fn bind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
+    must_be_vf(sys, vf)?;
+    match driver(sys, vf)? {
+        Some(name) if name == VFIO_PCI => return Ok(()),
+        Some(name) => {
+            return Err(KernelError::WrongDriver {
+                vf,
+                found: Some(name),
+                wanted: Some(VFIO_PCI.to_owned()),
+            });
+        }
+        None => {}
+    }
+    let over = sys.device(vf).join("driver_override");
+    sys.write(&over, VFIO_PCI)?;
+    let probed = sys.write(&sys.root.join("bus/pci/drivers_probe"), &vf.to_string());
+    let cleared = clear_override(sys, &over);
+    probed?;
+    cleared?;
+    match driver(sys, vf)? {
+        Some(name) if name == VFIO_PCI => Ok(()),
+        found => Err(KernelError::WrongDriver {
+            vf,
+            found,
+            wanted: Some(VFIO_PCI.to_owned()),
+        }),
+    }
+}
+
+/// A lone newline takes the override away (drivers/base/driver.c,
+/// `driver_set_override`).
+fn clear_override(sys: Sysfs<'_>, over: &Path) -> Result<(), KernelError> {
+    sys.write(over, "\n")
+}
+
+/// Takes the driver off; no-op without one.
+pub(super) fn unbind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
+    must_be_vf(sys, vf)?;
+    if driver(sys, vf)?.is_none() {
+        return Ok(());
+    }
+    let device = sys.device(vf);
+    sys.write(&device.join("driver/unbind"), &vf.to_string())?;
+    clear_override(sys, &device.join("driver_override"))?;
+    match driver(sys, vf)? {
+        None => Ok(()),
+        found => Err(KernelError::WrongDriver {
+            vf,
+            found,
+            wanted: None,
+        }),
+    }
+}

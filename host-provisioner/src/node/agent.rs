@@ -1,0 +1,83 @@
+//! What one node agent has for its whole life: its clients, its kernel, its
+//! hypervisor and the ledger, and the turns that keep two claims from touching
+//! one PF or one VM at once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use common::api::PhysicalFunction;
+use common::kube::Backoff;
+use common::kube::events::Events;
+use kube::Client;
+use kube::runtime::reflector::Store;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
+
+use super::ledger::Ledger;
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::gates::Gates;
+use crate::hypervisor::launcher::Proc;
+use crate::kernel::Kernel;
+
+/// Field manager of the node agent's reports and decisions.
+pub const MANAGER: &str = "host-provisioner-node";
+
+/// Everything that the reconciles of one agent share.
+pub struct Agent {
+    pub client: Client,
+    pub node_name: String,
+    /// This boot: an attachment of another boot is gone.
+    pub boot_id: String,
+    pub kernel: Arc<dyn Kernel>,
+    pub hypervisor: Arc<dyn Hypervisor>,
+    pub gates: Arc<dyn Gates>,
+    pub proc: Proc,
+    /// Root ports of a VM that are left to KubeVirt's own hotplugs.
+    pub reserved_ports: usize,
+    pub events: Events,
+    pub backoff: Backoff<String>,
+    pub pf_turns: Turns,
+    pub vm_turns: Turns,
+    /// Told when a VF became free or a PF changed: claims that wait look again.
+    pub pool_changed: watch::Sender<()>,
+    /// This node's `PhysicalFunction` objects, as watched.
+    pub functions: Store<PhysicalFunction>,
+    pub ledger: SharedLedger,
+}
+
+impl Agent {
+    /// Tells what waits for the pool that it changed.
+    pub fn tell_pool_changed(&self) {
+        self.pool_changed.send_replace(());
+    }
+}
+
+/// The ledger behind its lock; never held across an await.
+#[derive(Default)]
+pub struct SharedLedger(Mutex<Ledger>);
+
+impl SharedLedger {
+    #[must_use]
+    pub fn lock(&self) -> MutexGuard<'_, Ledger> {
+        // The ledger's methods leave it whole even if one of them panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One turn at a time for each key: a PF, or a VM.
+#[derive(Default)]
+pub struct Turns {
+    keys: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+}
+
+impl Turns {
+    /// Waits for the key's turn; it ends when the guard is dropped.
+    pub async fn take(&self, key: &str) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+            // Nobody holds or awaits a turn that only the map knows.
+            keys.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(keys.entry(key.to_owned()).or_default())
+        };
+        turn.lock_owned().await
+    }
+}

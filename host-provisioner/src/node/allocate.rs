@@ -1,0 +1,252 @@
+//! Which VF a claim gets: brings the kernel, the PF objects and the ledger
+//! together for the pool's planner, and records its choice in the claim.
+
+use std::collections::BTreeMap;
+
+use common::api::{DeviceStatus, VFClaim, reason};
+use common::kube::status;
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Resource as _};
+use serde_json::json;
+
+use super::agent::{Agent, MANAGER};
+use super::attach::StepResult;
+use super::inventory;
+use super::ledger::{Entry, Ledger, VfKey, claim_ref};
+use super::plan::Wait;
+use super::pool::{
+    Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe, wanted_config,
+};
+use super::reconcile::ReconcileError;
+use super::vf::{self, VfError};
+use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, VfFacts};
+
+/// A PF with its VFs as the kernel has them.
+#[derive(Clone, Debug)]
+pub struct PfSnapshot {
+    /// Name of the `PhysicalFunction` object.
+    pub name: String,
+    pub facts: PfFacts,
+    pub vfs: Vec<VfFacts>,
+    pub probes: BTreeMap<u32, GroupProbe>,
+    pub macs: BTreeMap<u16, MacAddr>,
+}
+
+/// All PFs of the node, and what cannot be told apart, from the kernel.
+pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), VfError> {
+    let node = agent.node_name.clone();
+    // The ledger's lock is not held while the kernel is asked.
+    let known: BTreeMap<String, Vec<Holder>> = {
+        let ledger = agent.ledger.lock();
+        ledger.functions().map(|name| (name.to_owned(), holders(&ledger, name))).collect()
+    };
+    vf::blocking(&agent.kernel, move |kernel| {
+        let found = inventory::inventory(&node, &kernel.physical_functions()?);
+        let snapshots = found
+            .functions
+            .into_iter()
+            .map(|(name, facts)| {
+                let held = known.get(&name).map(Vec::as_slice).unwrap_or_default();
+                one(kernel, name, facts, held)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok((snapshots, found.ambiguous))
+    })
+    .await
+}
+
+fn one(
+    kernel: &dyn Kernel,
+    name: String,
+    facts: PfFacts,
+    held: &[Holder],
+) -> Result<PfSnapshot, VfError> {
+    let vfs = kernel.virtual_functions(facts.address)?;
+    let probes = groups_to_probe(&vfs, held)
+        .into_iter()
+        .map(|group| {
+            let probe = match kernel.hold_group(group) {
+                Ok(_hold) => GroupProbe::Free,
+                Err(HoldError::Busy { .. }) => GroupProbe::Busy,
+                Err(other) => GroupProbe::Unknown(other.to_string()),
+            };
+            (group, probe)
+        })
+        .collect();
+    let mut macs = BTreeMap::new();
+    if facts.interface.is_some() {
+        for vf in &vfs {
+            macs.insert(vf.index, kernel.vf_config(&facts, vf.index)?.mac);
+        }
+    }
+    Ok(PfSnapshot { name, facts, vfs, probes, macs })
+}
+
+/// The claims on a PF, from the ledger.
+fn holders(ledger: &Ledger, name: &str) -> Vec<Holder> {
+    ledger
+        .on(name)
+        .map(|entry| Holder {
+            claim: entry.claim.clone(),
+            vm_uid: entry.vm_uid.clone(),
+            vf_index: entry.vf.index,
+            mac: entry.mac_address.parse().ok(),
+            attached: entry.attached(),
+        })
+        .collect()
+}
+
+/// The planners' view of a snapshot, with the ledger as it is now.
+#[must_use]
+pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<PfView> {
+    let objects = agent.functions.state();
+    snapshots
+        .iter()
+        .map(|snapshot| {
+            let object =
+                objects.iter().find(|o| o.metadata.name.as_deref() == Some(&*snapshot.name));
+            PfView::new(PfInput {
+                name: snapshot.name.clone(),
+                facts: snapshot.facts.clone(),
+                vfs: snapshot.vfs.clone(),
+                managed: object.is_some_and(|o| o.spec.managed),
+                desired: object.and_then(|o| o.spec.num_vfs),
+                holders: holders(ledger, &snapshot.name),
+                probes: snapshot.probes.clone(),
+                macs: snapshot.macs.clone(),
+            })
+        })
+        .collect()
+}
+
+/// What the claim was granted, for the planner.
+async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
+    let status = claim.status.as_ref();
+    let admitted = status
+        .and_then(|s| s.admitted.as_ref())
+        .ok_or(ReconcileError::Incomplete("status.admitted"))?;
+    let node_labels = if admitted.pf_selector.node_selector.is_empty() {
+        BTreeMap::new()
+    } else {
+        let nodes: Api<Node> = Api::all(agent.client.clone());
+        nodes.get(&agent.node_name).await?.metadata.labels.unwrap_or_default()
+    };
+    Ok(Wish {
+        claim: claim_ref(claim),
+        vm_uid: status.and_then(|s| s.vm.as_ref()).map(|vm| vm.uid.clone()).unwrap_or_default(),
+        selector: admitted.pf_selector.clone(),
+        node_labels,
+        config: wanted_config(&admitted.network).map_err(VfError::from)?,
+        num_vfs: admitted.num_vfs,
+    })
+}
+
+/// Chooses a VF and records it in the claim.
+///
+/// The ledger has the choice before the write, in the same critical section in
+/// which it was made, so that two claims never choose one VF.
+pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> StepResult<VFClaim> {
+    let wish = wish(agent, claim).await?;
+    let (snapshots, _) = snapshot(agent).await?;
+    let chosen = {
+        let mut ledger = agent.ledger.lock();
+        let chosen = choose(&views(agent, &ledger, &snapshots), &wish);
+        if let Ok(choice) = &chosen {
+            ledger.enter(entry(claim, choice, &wish))?;
+        }
+        chosen
+    };
+    let choice = match chosen {
+        Ok(choice) => choice,
+        Err(none) => {
+            let detail = none.message_for_administrator();
+            tracing::info!(claim = claim.metadata.name, reason = none.reason(), detail, "no VF");
+            return Ok(Err(Wait { reason: none.reason(), message: none.message() }));
+        }
+    };
+    let device = DeviceStatus {
+        node_name: agent.node_name.clone(),
+        physical_function: choice.physical_function,
+        vf_index: choice.vf_index,
+        pci_address: choice.address.map(|address| address.to_string()),
+        vendor_id: None,
+        device_id: None,
+        iommu_group: None,
+    };
+    tracing::info!(
+        claim = claim.meta().name,
+        pf = device.physical_function,
+        vf = device.vf_index,
+        "allocated"
+    );
+    Ok(Ok(status::decide(api, claim, MANAGER, &json!({"device": device})).await?))
+}
+
+fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {
+    let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
+    Entry {
+        vf: VfKey {
+            physical_function: choice.physical_function.clone(),
+            index: choice.vf_index,
+        },
+        claim: wish.claim.clone(),
+        mac_address: wish.config.mac.to_string(),
+        vm_uid: wish.vm_uid.clone(),
+        pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
+        port: None,
+        unanswered: claim.metadata.resource_version.clone(),
+    }
+}
+
+/// How many VFs the claim's PF is to be given so that the claim's VF exists, by
+/// the planner; `None` when it exists by now; a wait when the count cannot change
+/// now. The caller has the PF's turn.
+pub async fn creation(agent: &Agent, claim: &VFClaim) -> StepResult<Option<(PfFacts, u16)>> {
+    let wish = wish(agent, claim).await?;
+    let (snapshots, _) = snapshot(agent).await?;
+    let views = views(agent, &agent.ledger.lock(), &snapshots);
+    let device = claim
+        .status
+        .as_ref()
+        .and_then(|s| s.device.as_ref())
+        .ok_or(ReconcileError::Incomplete("status.device"))?;
+    let name = device.physical_function.clone();
+    let facts = snapshots
+        .into_iter()
+        .find(|s| s.name == name)
+        .map(|s| s.facts)
+        .ok_or_else(|| VfError::UnknownPf(name.clone()))?;
+    let view = views.iter().find(|view| view.name == name);
+    if view.is_some_and(|view| view.existing().any(|vf| vf.index == device.vf_index)) {
+        return Ok(Ok(None));
+    }
+    // Consent may have gone, and the host may have begun to use the PF, since
+    // the claim chose it.
+    if let Some(view) = view
+        && !view.managed
+    {
+        return Ok(Err(Wait {
+            reason: reason::NOT_MANAGED,
+            message: format!("{name} is no longer managed; its VFs are not made"),
+        }));
+    }
+    if let Some(words) = &facts.in_use_by_host {
+        return Ok(Err(Wait {
+            reason: reason::IN_USE_BY_HOST,
+            message: format!("{name} carries the host's own traffic ({words}); it is left alone"),
+        }));
+    }
+    match choose(&views, &wish) {
+        Ok(Choice { create: Some(count), physical_function, .. }) if physical_function == name => {
+            Ok(Ok(Some((facts, count))))
+        }
+        Ok(_) => Ok(Err(Wait {
+            reason: reason::NO_FREE_VF,
+            message: format!(
+                "{name} has {} VFs and the one of this claim is not among them; the count can change only while none of them is in use",
+                facts.num_vfs
+            ),
+        })),
+        Err(none) => Ok(Err(Wait { reason: none.reason(), message: none.message() })),
+    }
+}

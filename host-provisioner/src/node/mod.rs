@@ -1,0 +1,23 @@
+//! The node agent: one process a host node, owner of its VF pool.
+//!
+//! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
+//! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
+//! through them; `vf`, `attach`, `release` and `qemu` execute; `publish` reports.
+
+mod agent;
+mod allocate;
+mod attach;
+pub mod inventory;
+pub mod ledger;
+mod lock;
+pub mod plan;
+pub mod pool;
+mod publish;
+mod qemu;
+mod reconcile;
+mod release;
+pub mod report;
+mod run;
+mod vf;
+
+pub use run::{NodeArgs, NodeError, run};

@@ -1,0 +1,336 @@
+//! The VF pool: which VF a claim gets, and when the number of VFs may change.
+//! Pure: no I/O, no clock.
+//!
+//! Two rules are never broken here, whatever comes in: a VF that a claim names
+//! goes to no other claim, and VFs are made or taken away by count only while
+//! none of that PF's is in use (`sriov_numvfs` goes 0 -> N or N -> 0 only, and
+//! the kernel does not ask who uses them).
+
+mod refusal;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::collections::BTreeMap;
+
+use common::api::{ClaimRef, GrantedNetwork, PfSelector, VfState};
+use common::pci::PciAddress;
+
+use crate::driver::Growth;
+use crate::kernel::{MacError, PfFacts, VFIO_PCI, VfConfig, VlanTag};
+
+pub use refusal::{MacUser, NoChoice, Refusal};
+pub use view::{
+    ForeignReason, GroupConflict, GroupProbe, Holder, PfInput, PfView, VfView, groups_to_probe,
+};
+
+/// What a claim was granted, as far as the choice of a VF goes.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub claim: ClaimRef,
+    /// UID of the claim's VM.
+    pub vm_uid: String,
+    pub selector: PfSelector,
+    /// Labels of this node.
+    pub node_labels: BTreeMap<String, String>,
+    pub config: VfConfig,
+    /// The class's `numVFs`.
+    pub num_vfs: Option<u16>,
+}
+
+/// The VF for a claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Name of the `PhysicalFunction` object.
+    pub physical_function: String,
+    pub pf: PciAddress,
+    pub vf_index: u16,
+    /// Absent while the VF does not exist.
+    pub address: Option<PciAddress>,
+    /// Make VFs first, so that there are this many.
+    pub create: Option<u16>,
+}
+
+/// The granted settings in the kernel's terms.
+///
+/// # Errors
+/// [`MacError`] when the granted MAC is none.
+pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
+    Ok(VfConfig {
+        mac: granted.mac_address.parse()?,
+        vlan: granted.vlan.as_ref().map(|vlan| VlanTag {
+            id: vlan.id,
+            qos: vlan.qos.unwrap_or(0),
+        }),
+        spoof_check: granted.spoof_check,
+        trust: granted.trust,
+    })
+}
+
+/// Whether a class's selector takes this PF of a node with these labels.
+#[must_use]
+pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &PfFacts) -> bool {
+    let any = |list: &[String], value: Option<&str>| {
+        list.is_empty() || value.is_some_and(|value| list.iter().any(|entry| entry == value))
+    };
+    any(&selector.drivers, pf.driver.as_deref())
+        && any(&selector.vendor_ids, Some(&pf.vendor.to_string()))
+        && any(&selector.device_ids, Some(&pf.device.to_string()))
+        && any(&selector.pci_addresses, Some(&pf.address.to_string()))
+        && any(&selector.interface_names, pf.interface.as_deref())
+        && selector
+            .node_selector
+            .iter()
+            .all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// Chooses a VF. A claim that has one gets the same again.
+///
+/// Existing free VFs go before making new ones, then the PF with the fewest
+/// free ones (so that others stay idle and can be resized), then by name; VFs
+/// that are on vfio-pci already go first, they save the bind.
+///
+/// # Errors
+/// [`NoChoice`] with the reason of every PF that the selector takes.
+pub fn choose(pfs: &[PfView], wish: &Wish) -> Result<Choice, NoChoice> {
+    if let Some(kept) = pfs.iter().find_map(|pf| kept(pf, wish)) {
+        return Ok(kept);
+    }
+    let mut best: Option<(Rank<'_>, Choice)> = None;
+    let mut refusals = Vec::new();
+    for pf in pfs {
+        if !selects(&wish.selector, &wish.node_labels, &pf.facts) {
+            continue;
+        }
+        match offer(pf, wish) {
+            Ok(choice) => {
+                let rank = (choice.create.is_some(), pf.counts().free, pf.name.as_str());
+                if best.as_ref().is_none_or(|(found, _)| rank < *found) {
+                    best = Some((rank, choice));
+                }
+            }
+            Err(refusal) => refusals.push((pf.name.clone(), refusal)),
+        }
+    }
+    match best {
+        Some((_, choice)) => Ok(choice),
+        None => Err(NoChoice {
+            namespace: wish.claim.namespace.clone(),
+            seen: pfs.len(),
+            refusals,
+        }),
+    }
+}
+
+/// Must VFs be made, how many are free, name.
+type Rank<'a> = (bool, u16, &'a str);
+
+/// The VF that this claim has already.
+fn kept(pf: &PfView, wish: &Wish) -> Option<Choice> {
+    let holds = |vf: &&VfView| vf.holders.iter().any(|h| h.claim.uid == wish.claim.uid);
+    let vf = pf.vfs.iter().find(holds)?;
+    let create = match vf.address {
+        Some(_) => None,
+        None => creation(pf, wish, vf.index),
+    };
+    Some(choice(pf, vf.index, vf.address, create))
+}
+
+fn choice(pf: &PfView, vf_index: u16, address: Option<PciAddress>, create: Option<u16>) -> Choice {
+    Choice {
+        physical_function: pf.name.clone(),
+        pf: pf.facts.address,
+        vf_index,
+        address,
+        create,
+    }
+}
+
+/// The VF that this PF has for the claim, or why it has none.
+fn offer(pf: &PfView, wish: &Wish) -> Result<Choice, Refusal> {
+    if !pf.managed {
+        return Err(Refusal::NotManaged);
+    }
+    if let Some(words) = &pf.facts.in_use_by_host {
+        return Err(Refusal::InUseByHost(words.clone()));
+    }
+    let Some(capabilities) = pf.capabilities else {
+        return Err(Refusal::NoBackend(pf.facts.driver.clone()));
+    };
+    capabilities
+        .supports(&wish.config)
+        .map_err(Refusal::Unsupported)?;
+    if let Some(by) = mac_user(pf, wish) {
+        let mac = wish.config.mac;
+        return Err(Refusal::MacInUse { mac, by });
+    }
+    match free_vf(pf, wish) {
+        Ok(Some(vf)) => Ok(choice(pf, vf.index, vf.address, None)),
+        // An isolated VF may still be made where the existing ones are not.
+        Err(conflict) => {
+            new_vf(pf, wish, capabilities.growth).map_err(|_| Refusal::NotIsolated(conflict))
+        }
+        Ok(None) => new_vf(pf, wish, capabilities.growth),
+    }
+}
+
+/// Who has the wished MAC on this PF's wire.
+fn mac_user(pf: &PfView, wish: &Wish) -> Option<MacUser> {
+    let mac = wish.config.mac;
+    if mac.is_zero() {
+        return None;
+    }
+    if [pf.facts.mac, pf.facts.permanent_mac].contains(&Some(mac)) {
+        return Some(MacUser::Host);
+    }
+    if let Some(holder) = pf.holders().find(|holder| holder.mac == Some(mac)) {
+        return Some(MacUser::Claim(Box::new(holder.clone())));
+    }
+    pf.vfs
+        .iter()
+        .find(|vf| vf.state == VfState::Foreign && vf.mac == Some(mac))
+        .map(|vf| MacUser::Foreign(vf.index))
+}
+
+/// A free VF that may go to this VM; an error when there are free ones, or ones
+/// that only their group keeps from being free, and none may.
+fn free_vf<'a>(pf: &'a PfView, wish: &Wish) -> Result<Option<&'a VfView>, GroupConflict> {
+    let mut conflict = None;
+    let mut found: Option<&VfView> = None;
+    let cold = |vf: &VfView| vf.driver.as_deref() != Some(VFIO_PCI);
+    for vf in pf.existing().filter(|vf| vf.holders.is_empty()) {
+        match (&vf.foreign, vf.state) {
+            (Some(ForeignReason::Stranger(member)), _) => {
+                conflict = Some(GroupConflict::Stranger(*member));
+            }
+            (Some(ForeignReason::NoIommu), _) => conflict = Some(GroupConflict::NoIommu),
+            (None, VfState::Free) => match pf.group_conflict(vf, &wish.vm_uid) {
+                Some(why) => conflict = Some(why),
+                None if found.is_none_or(|best| cold(vf) < cold(best)) => found = Some(vf),
+                None => {}
+            },
+            _ => {}
+        }
+    }
+    match (found, conflict) {
+        (Some(vf), _) => Ok(Some(vf)),
+        (None, Some(conflict)) => Err(conflict),
+        (None, None) => Ok(None),
+    }
+}
+
+/// A VF to be made, where the backend can make one now.
+fn new_vf(pf: &PfView, wish: &Wish, growth: Growth) -> Result<Choice, Refusal> {
+    let existing = pf.existing().count();
+    let may_grow = match growth {
+        Growth::AllAtOnce => pf.facts.num_vfs == 0 && existing == 0,
+        Growth::OneByOne => existing < usize::from(pool_size(pf, wish)),
+    };
+    let limit = match growth {
+        Growth::AllAtOnce => pool_size(pf, wish),
+        Growth::OneByOne => pf.facts.total_vfs,
+    };
+    let index = (0..limit).find(|index| !pf.vfs.iter().any(|vf| vf.index == *index));
+    let Some(index) = index.filter(|_| may_grow) else {
+        return Err(no_free_vf(pf));
+    };
+    if pf.facts.iommu_group.is_none() {
+        return Err(Refusal::NotIsolated(GroupConflict::NoIommu));
+    }
+    let ours: Vec<PciAddress> = pf.existing().filter_map(|vf| vf.address).collect();
+    let strangers: Vec<PciAddress> = pf
+        .facts
+        .group_members
+        .iter()
+        .copied()
+        .filter(|member| !ours.contains(member))
+        .collect();
+    if let Some(conflict) = refusal::foreseen(pf.facts.address, &strangers) {
+        return Err(Refusal::NotIsolated(conflict));
+    }
+    match creation(pf, wish, index) {
+        Some(count) => Ok(choice(pf, index, None, Some(count))),
+        None => Err(no_free_vf(pf)),
+    }
+}
+
+/// How many VFs there are to be so that the one with this index exists; `None`
+/// when they cannot be made now.
+fn creation(pf: &PfView, wish: &Wish, index: u16) -> Option<u16> {
+    let growth = pf.capabilities?.growth;
+    let needed = index.checked_add(1)?;
+    if needed > pf.facts.total_vfs {
+        return None;
+    }
+    let existing = u16::try_from(pf.existing().count()).ok()?;
+    match growth {
+        Growth::AllAtOnce if pf.facts.num_vfs != 0 || existing != 0 => None,
+        Growth::AllAtOnce => {
+            // After a restart of the host claims may name indexes above the wish.
+            let promised = pf.vfs.iter().map(|vf| vf.index.saturating_add(1)).max();
+            let count = pool_size(pf, wish).max(promised.unwrap_or(0)).max(needed);
+            Some(count.min(pf.facts.total_vfs))
+        }
+        Growth::OneByOne => existing.checked_add(1),
+    }
+}
+
+/// The number of VFs that this PF is to have: its own wish, else the class's,
+/// else as many as it can.
+fn pool_size(pf: &PfView, wish: &Wish) -> u16 {
+    let total = pf.facts.total_vfs;
+    pf.desired.or(wish.num_vfs).unwrap_or(total).min(total)
+}
+
+fn no_free_vf(pf: &PfView) -> Refusal {
+    let foreign = pf.vfs.iter().filter(|vf| vf.state == VfState::Foreign);
+    Refusal::NoFreeVf {
+        existing: pf.existing().count(),
+        foreign: foreign.count(),
+        total: pf.facts.total_vfs,
+        holders: pf.holders().cloned().collect(),
+    }
+}
+
+/// What is to be done about `spec.numVFs` now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resize {
+    /// The number is as wished, nothing is wished, or the PF is not ours.
+    Keep,
+    /// To 0 first when `from` is not 0, then to `to`.
+    Apply { from: u16, to: u16 },
+    /// Wished, and waiting until the claims and foreign users are gone.
+    Pending {
+        from: u16,
+        to: u16,
+        holders: Vec<Holder>,
+        foreign: usize,
+    },
+}
+
+/// Whether the wished number of VFs can be applied. Only when each existing VF
+/// is proven free and no claim names any.
+#[must_use]
+pub fn resize(pf: &PfView) -> Resize {
+    let Some(to) = pf.desired.map(|wished| wished.min(pf.facts.total_vfs)) else {
+        return Resize::Keep;
+    };
+    let from = pf.facts.num_vfs;
+    let by_count = pf
+        .capabilities
+        .is_some_and(|capabilities| capabilities.growth == Growth::AllAtOnce);
+    if from == to || !pf.managed || pf.facts.in_use_by_host.is_some() || !by_count {
+        return Resize::Keep;
+    }
+    // Every VF that the kernel counts is seen, and every one seen is free.
+    let all_seen = pf.existing().count() == usize::from(from);
+    if all_seen && pf.vfs.iter().all(|vf| vf.state == VfState::Free) {
+        return Resize::Apply { from, to };
+    }
+    Resize::Pending {
+        from,
+        to,
+        holders: pf.holders().cloned().collect(),
+        foreign: usize::from(pf.counts().foreign),
+    }
+}

@@ -1,0 +1,125 @@
+//! The claim's QEMU as the agent sees it: which process, what it has, whether a
+//! VF may go into it. Asks, never changes.
+
+use std::sync::Arc;
+
+use common::api::{AttachmentStatus, VFClaim, reason};
+use thiserror::Error;
+
+use super::agent::Agent;
+use super::plan::{InQemu, Qemu};
+use crate::hypervisor::gates::GateError;
+use crate::hypervisor::launcher::{LauncherError, QemuProcess};
+use crate::hypervisor::plan::{self as vm_plan, Unsupported};
+use crate::hypervisor::{GuestView, HypervisorError, Machine, Session};
+
+/// What can go wrong on the way to a VM.
+#[derive(Debug, Error)]
+pub enum VmError {
+    #[error(transparent)]
+    Launcher(#[from] LauncherError),
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    #[error("the thread that looks for QEMU ended unexpectedly: {0}")]
+    Thread(String),
+}
+
+/// A QEMU process with a session to its monitor.
+#[derive(Clone)]
+pub struct Vm {
+    pub process: QemuProcess,
+    pub session: Arc<dyn Session>,
+}
+
+/// The QEMU of a launcher pod, or `None` when the pod runs none.
+pub async fn find(agent: &Agent, pod_uid: &str) -> Result<Option<Vm>, VmError> {
+    let proc = agent.proc.clone();
+    let pod = pod_uid.to_owned();
+    let found = tokio::task::spawn_blocking(move || proc.find_qemu(&pod))
+        .await
+        .map_err(|e| VmError::Thread(e.to_string()))?;
+    let process = match found {
+        Ok(process) => process,
+        Err(LauncherError::NotFound { .. } | LauncherError::Gone { .. }) => return Ok(None),
+        Err(other) => return Err(other.into()),
+    };
+    let session = agent.hypervisor.connect(&process).await?;
+    Ok(Some(Vm { process, session }))
+}
+
+/// True when this is the process that the attachment was made in.
+#[must_use]
+pub fn is_same(process: &QemuProcess, attachment: &AttachmentStatus, boot_id: &str) -> bool {
+    attachment.boot_id == boot_id
+        && attachment.pod_uid == process.pod_uid
+        && u64::try_from(attachment.qemu_start_time).is_ok_and(|t| t == process.start_time)
+}
+
+/// The claim's QEMU: the attachment's when one is recorded, else its launcher's.
+pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), VmError> {
+    let status = claim.status.as_ref();
+    let attachment = status.and_then(|s| s.attachment.as_ref());
+    let launcher = status.and_then(|s| s.launcher.as_ref());
+    let pod_uid = match (attachment, launcher) {
+        (Some(attachment), _) if attachment.boot_id != agent.boot_id => {
+            return Ok((Qemu::Gone, None));
+        }
+        (Some(attachment), _) => &attachment.pod_uid,
+        (None, Some(launcher)) => &launcher.pod_uid,
+        (None, None) => return Ok((Qemu::Gone, None)),
+    };
+    let Some(vm) = find(agent, pod_uid).await? else {
+        return Ok((Qemu::Gone, None));
+    };
+    if let Some(attachment) = attachment {
+        if !is_same(&vm.process, attachment, &agent.boot_id) {
+            return Ok((Qemu::Gone, None));
+        }
+        let view = vm.session.guest_view(&attachment.qemu_device_id).await?;
+        return Ok((Qemu::Running(in_qemu(view)), Some(vm)));
+    }
+    if !vm.process.user_ns_is_init {
+        return Ok((unsupported(&Unsupported::UserNamespace), Some(vm)));
+    }
+    let machine = vm.session.machine().await?;
+    let seen = match vm_plan::check(&machine) {
+        Ok(()) => Qemu::Running(InQemu::Absent),
+        Err(why) => unsupported(&why),
+    };
+    Ok((seen, Some(vm)))
+}
+
+fn in_qemu(view: GuestView) -> InQemu {
+    match view {
+        GuestView::Absent => InQemu::Absent,
+        GuestView::Plugged { .. } => InQemu::Plugged,
+        GuestView::Configured { address } => InQemu::Configured(address.to_string()),
+    }
+}
+
+/// A VM that cannot have a VF, in the claim's words.
+#[must_use]
+pub fn unsupported(why: &Unsupported) -> Qemu {
+    let reason = match why {
+        Unsupported::NoFreePort { .. } | Unsupported::NoPorts => reason::NO_FREE_PORT,
+        Unsupported::NotRunning(_) => reason::VM_NOT_RUNNING,
+        _ => reason::UNSUPPORTED_VM,
+    };
+    Qemu::Unsupported { reason, message: why.to_string() }
+}
+
+/// Chooses a port, leaving those that other claims have recorded but not used yet.
+pub fn choose_port(
+    machine: &mut Machine,
+    taken: &[String],
+    reserved: usize,
+) -> Result<String, Unsupported> {
+    for port in &mut machine.ports {
+        if taken.contains(&port.id) {
+            port.occupied = true;
+        }
+    }
+    vm_plan::choose_port(machine, reserved).map(|port| port.id.clone())
+}

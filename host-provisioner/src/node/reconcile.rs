@@ -1,0 +1,478 @@
+//! One claim's reconcile: fetch, validate, plan, apply, report. `plan` decides,
+//! `vf`, `attach` and `release` execute; this file carries the facts between them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::api::{Admitted, DeviceStatus, GuestDevice, VFClaim, VFClaimStatus, reason};
+use common::kube::status::{Report, report};
+use common::kube::{ErrorClass, class_of, is_conflict};
+use kube::runtime::controller::Action;
+use kube::{Api, Resource as _};
+use serde_json::{Map, json};
+use thiserror::Error;
+use tokio::sync::OwnedMutexGuard;
+
+use super::agent::{Agent, MANAGER};
+use super::ledger::Doubled;
+use super::pool::wanted_config;
+use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
+use super::qemu::{self, Vm, VmError};
+use super::report::{OWN, Outcome, conditions, waits_for};
+use super::vf::{self, VfError};
+use super::{allocate, attach, inventory, release};
+use crate::kernel::PfFacts;
+
+/// No claim needs more steps than this in one reconcile: more is a defect, and
+/// is reported rather than looped on.
+const MAX_STEPS: usize = 40;
+/// An attached claim is looked at again, in case something was missed.
+const RESYNC: Duration = Duration::from_secs(300);
+/// What waits for something that announces itself to nobody.
+const WAITING: Duration = Duration::from_secs(10);
+/// What waits for the guest is looked at sooner.
+const GUEST: Duration = Duration::from_secs(2);
+
+/// Why a reconcile could not go on.
+#[derive(Debug, Error)]
+pub enum ReconcileError {
+    #[error("the API server: {0}")]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Vf(#[from] VfError),
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    #[error(transparent)]
+    Doubled(#[from] Doubled),
+    #[error("the claim's {0} is incomplete; it was written by another version or by hand")]
+    Incomplete(&'static str),
+    #[error("no end after {MAX_STEPS} steps, the last being {0}; this is a defect")]
+    NoEnd(String),
+}
+
+impl ReconcileError {
+    fn class(&self) -> ErrorClass {
+        match self {
+            Self::Api(error) => class_of(error),
+            Self::Doubled(_) | Self::Incomplete(_) => ErrorClass::TellUser,
+            Self::Vf(_) | Self::Vm(_) | Self::NoEnd(_) => ErrorClass::Retry,
+        }
+    }
+}
+
+/// Reconciles a claim; never fails: what goes wrong is reported on the claim
+/// and tried again.
+pub async fn reconcile(cached: Arc<VFClaim>, agent: Arc<Agent>) -> Action {
+    let Some(uid) = cached.metadata.uid.clone() else { return Action::await_change() };
+    let mut walk = match fetch(&agent, &cached).await {
+        Ok(Some(walk)) => walk,
+        Ok(None) => return Action::await_change(),
+        Err(error) => {
+            tracing::warn!(claim = cached.metadata.name, %error, "cannot read the claim");
+            return Action::requeue(agent.backoff.failed(uid));
+        }
+    };
+    let walked = walk.run().await;
+    // The turn is for the work, not for the report.
+    walk.turn = None;
+    match walked {
+        Ok(end) => {
+            agent.backoff.forget(&uid);
+            if let Some(outcome) = &end.outcome
+                && let Err(error) = walk.report(outcome).await
+            {
+                return walk.failed(&uid, &error);
+            }
+            end.next
+        }
+        Err(ReconcileError::Api(error)) if is_conflict(&error) => {
+            // Somebody wrote meanwhile: read and plan again, nothing failed.
+            Action::requeue(Duration::from_millis(50))
+        }
+        Err(error) => {
+            let action = walk.failed(&uid, &error);
+            let outcome = walk.outcome(Wait {
+                reason: reason::RETRYING,
+                message: error.to_string(),
+            });
+            if let Err(error) = walk.report(&outcome).await {
+                tracing::warn!(claim = cached.metadata.name, %error, "cannot report");
+            }
+            action
+        }
+    }
+}
+
+/// Reads the claim itself: a watch's cache may be behind, and a DELETED on a
+/// field-selected watch can mean "no longer yours". `None`: nothing to do here.
+async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, ReconcileError> {
+    let uid = cached.metadata.uid.as_deref().unwrap_or_default();
+    let namespace = cached.metadata.namespace.as_deref().unwrap_or_default();
+    let api: Api<VFClaim> = Api::namespaced(agent.client.clone(), namespace);
+    let claim = api.get_opt(cached.metadata.name.as_deref().unwrap_or_default()).await?;
+    let Some(claim) = claim.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
+        // A positive answer: that UID is gone.
+        agent.ledger.lock().forget(uid);
+        agent.tell_pool_changed();
+        return Ok(None);
+    };
+    let ours = claim
+        .status
+        .as_ref()
+        .is_some_and(|s| s.host_node.as_deref() == Some(agent.node_name.as_str()));
+    if !ours {
+        return Ok(None);
+    }
+    Ok(Some(Walk {
+        agent: Arc::clone(agent),
+        api,
+        claim,
+        seen: Seen::default(),
+        vm: None,
+        device: None,
+        turn: None,
+    }))
+}
+
+/// How a walk ended.
+struct End {
+    outcome: Option<Outcome>,
+    next: Action,
+}
+
+/// A claim on its way, with the facts gathered so far.
+struct Walk {
+    agent: Arc<Agent>,
+    api: Api<VFClaim>,
+    claim: VFClaim,
+    seen: Seen,
+    vm: Option<Vm>,
+    /// The device with what is known since the VF exists, to be recorded with
+    /// the attachment.
+    device: Option<DeviceStatus>,
+    /// The VM's turn, from choosing a port until the device is in it.
+    turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl Walk {
+    fn status(&self) -> Option<&VFClaimStatus> {
+        self.claim.status.as_ref()
+    }
+
+    fn admitted(&self) -> Result<&Admitted, ReconcileError> {
+        self.status()
+            .and_then(|s| s.admitted.as_ref())
+            .ok_or(ReconcileError::Incomplete("status.admitted"))
+    }
+
+    fn recorded_device(&self) -> Result<&DeviceStatus, ReconcileError> {
+        self.status()
+            .and_then(|s| s.device.as_ref())
+            .ok_or(ReconcileError::Incomplete("status.device"))
+    }
+
+    fn facts(&self) -> ClaimFacts {
+        let status = self.status();
+        ClaimFacts {
+            deleting: self.claim.metadata.deletion_timestamp.is_some(),
+            bound: status.is_some_and(|s| s.admitted.is_some() && s.launcher.is_some()),
+            device: status.is_some_and(|s| s.device.is_some()),
+            attachment: status.is_some_and(|s| s.attachment.is_some()),
+        }
+    }
+
+    async fn run(&mut self) -> Result<End, ReconcileError> {
+        self.agent.ledger.lock().observe(&self.claim)?;
+        let mut step = Step::Rest;
+        for _ in 0..MAX_STEPS {
+            step = next_step(self.facts(), &self.seen);
+            tracing::debug!(claim = self.claim.metadata.name, ?step, "step");
+            if let Some(end) = self.apply(&step).await? {
+                return Ok(end);
+            }
+        }
+        Err(ReconcileError::NoEnd(format!("{step:?}")))
+    }
+
+    /// Does one step; an end when there is nothing more to do now.
+    async fn apply(&mut self, step: &Step) -> Result<Option<End>, ReconcileError> {
+        match step {
+            Step::Rest => return Ok(Some(End { outcome: None, next: Action::await_change() })),
+            Step::Wait(wait) => return Ok(Some(self.wait(wait.clone()))),
+            Step::LookAtVf => self.look_at_vf().await?,
+            Step::LookAtQemu => self.look_at_qemu().await?,
+            Step::Allocate => return self.allocate().await,
+            Step::CreateVfs => return self.create_vfs().await,
+            Step::Prepare => self.prepare().await?,
+            Step::RecordAttachment => return self.record_attachment().await,
+            Step::Plug => return self.plug().await,
+            Step::AwaitGuest => {
+                let vm = self.vm()?;
+                match attach::await_guest(&self.claim, &vm).await? {
+                    Ok(address) => {
+                        self.seen.qemu = Some(Qemu::Running(InQemu::Configured(address)));
+                    }
+                    Err(wait) => return Ok(Some(self.wait(wait))),
+                }
+            }
+            Step::ReportAttached { guest_address } => {
+                let device = GuestDevice {
+                    pci_address: guest_address.clone(),
+                    mac_address: self.admitted()?.network.mac_address.clone(),
+                };
+                return Ok(Some(End {
+                    outcome: Some(Outcome::Attached(device)),
+                    next: Action::requeue(RESYNC),
+                }));
+            }
+            Step::ForgetAttachment => {
+                self.take_vm_turn().await;
+                release::close_gates(&self.agent, &self.claim).await?;
+                let claim = release::forget_attachment(&self.api, &self.claim).await?;
+                self.renew(claim)?;
+                self.turn = None;
+                self.seen = Seen::default();
+            }
+            Step::Unplug => {
+                let vm = self.vm()?;
+                match release::unplug(&self.claim, &vm).await? {
+                    Ok(()) => self.seen = Seen::default(),
+                    Err(wait) => return Ok(Some(self.wait(wait))),
+                }
+            }
+            Step::Clean => self.clean().await?,
+            Step::ClearDevice => {
+                let claim = release::clear_device(&self.api, &self.claim).await?;
+                self.renew(claim)?;
+                self.agent.tell_pool_changed();
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes over what a write answered.
+    fn renew(&mut self, claim: VFClaim) -> Result<(), ReconcileError> {
+        self.agent.ledger.lock().observe(&claim)?;
+        self.claim = claim;
+        Ok(())
+    }
+
+    fn vm(&self) -> Result<Vm, ReconcileError> {
+        self.vm.clone().ok_or(ReconcileError::Incomplete("QEMU process"))
+    }
+
+    async fn pf(&self) -> Result<PfFacts, ReconcileError> {
+        let name = self.recorded_device()?.physical_function.clone();
+        let node = self.agent.node_name.clone();
+        Ok(vf::blocking(&self.agent.kernel, move |kernel| {
+            kernel
+                .physical_functions()?
+                .into_iter()
+                .find(|pf| inventory::physical_function_name(&node, &pf.identity) == name)
+                .ok_or(VfError::UnknownPf(name))
+        })
+        .await?)
+    }
+
+    async fn look_at_vf(&mut self) -> Result<(), ReconcileError> {
+        let pf = self.pf().await?;
+        let index = self.recorded_device()?.vf_index;
+        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
+        let seen =
+            vf::blocking(&self.agent.kernel, move |kernel| vf::look(kernel, &pf, index, &want))
+                .await?;
+        self.seen.vf = Some(seen);
+        Ok(())
+    }
+
+    async fn look_at_qemu(&mut self) -> Result<(), ReconcileError> {
+        let (seen, vm) = qemu::look(&self.agent, &self.claim).await?;
+        self.seen.qemu = Some(seen);
+        self.vm = vm;
+        Ok(())
+    }
+
+    async fn allocate(&mut self) -> Result<Option<End>, ReconcileError> {
+        match allocate::allocate(&self.agent, &self.api, &self.claim).await? {
+            Ok(claim) => {
+                self.renew(claim)?;
+                Ok(None)
+            }
+            Err(wait) => Ok(Some(self.wait(wait))),
+        }
+    }
+
+    async fn create_vfs(&mut self) -> Result<Option<End>, ReconcileError> {
+        let _turn = self.agent.pf_turns.take(&self.recorded_device()?.physical_function).await;
+        match allocate::creation(&self.agent, &self.claim).await? {
+            Ok(None) => {}
+            Ok(Some((pf, count))) => {
+                tracing::info!(pf = %pf.address, count, "creating VFs");
+                vf::blocking(&self.agent.kernel, move |kernel| vf::create(kernel, &pf, count))
+                    .await?;
+                self.agent.tell_pool_changed();
+            }
+            Err(wait) => return Ok(Some(self.wait(wait))),
+        }
+        self.seen.vf = None;
+        Ok(None)
+    }
+
+    async fn prepare(&mut self) -> Result<(), ReconcileError> {
+        let device = self.recorded_device()?.clone();
+        let _turn = self.agent.pf_turns.take(&device.physical_function).await;
+        let pf = self.pf().await?;
+        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
+        tracing::info!(pf = %pf.address, vf = device.vf_index, config = %want, "preparing");
+        let done =
+            vf::blocking(&self.agent.kernel, move |kernel| vf::prepare(kernel, &pf, &device, &want))
+                .await?;
+        self.device = Some(done);
+        // Read back under the held group just now.
+        self.seen.vf = Some(VfSeen { vf: Vf::VfioFree, configured: true, clean: false });
+        Ok(())
+    }
+
+    /// The device as the claim is to record it, from the kernel when this
+    /// reconcile has not prepared it itself.
+    async fn known_device(&self) -> Result<DeviceStatus, ReconcileError> {
+        if let Some(device) = &self.device {
+            return Ok(device.clone());
+        }
+        let pf = self.pf().await?;
+        let device = self.recorded_device()?.clone();
+        Ok(vf::blocking(&self.agent.kernel, move |kernel| {
+            let index = device.vf_index;
+            let vf = vf::find(kernel, &pf, index)?
+                .ok_or(VfError::NoVf { pf: pf.address, index })?;
+            Ok(vf::described(&device, &vf))
+        })
+        .await?)
+    }
+
+    async fn take_vm_turn(&mut self) {
+        if self.turn.is_none() {
+            let pod_uid = self
+                .status()
+                .and_then(|s| {
+                    let attached = s.attachment.as_ref().map(|a| a.pod_uid.clone());
+                    attached.or_else(|| s.launcher.as_ref().map(|l| l.pod_uid.clone()))
+                })
+                .unwrap_or_default();
+            self.turn = Some(self.agent.vm_turns.take(&pod_uid).await);
+        }
+    }
+
+    async fn record_attachment(&mut self) -> Result<Option<End>, ReconcileError> {
+        self.take_vm_turn().await;
+        let vm = self.vm()?;
+        let device = self.known_device().await?;
+        match attach::record(&self.agent, &self.api, &self.claim, &vm, &device).await? {
+            Ok(claim) => {
+                self.renew(claim)?;
+                Ok(None)
+            }
+            Err(wait) => Ok(Some(self.wait(wait))),
+        }
+    }
+
+    async fn plug(&mut self) -> Result<Option<End>, ReconcileError> {
+        self.take_vm_turn().await;
+        let vm = self.vm()?;
+        let plugged = attach::plug(&self.agent, &self.claim, &vm).await?;
+        self.turn = None;
+        self.seen = Seen::default();
+        match plugged {
+            Ok(()) => Ok(None),
+            Err(wait) => Ok(Some(self.wait(wait))),
+        }
+    }
+
+    async fn clean(&mut self) -> Result<(), ReconcileError> {
+        self.take_vm_turn().await;
+        release::close_gates(&self.agent, &self.claim).await?;
+        self.turn = None;
+        let device = self.recorded_device()?.clone();
+        let _turn = self.agent.pf_turns.take(&device.physical_function).await;
+        let pf = self.pf().await?;
+        tracing::info!(pf = %pf.address, vf = device.vf_index, "cleaning");
+        vf::blocking(&self.agent.kernel, move |kernel| vf::clean(kernel, &pf, device.vf_index))
+            .await?;
+        self.seen.vf = None;
+        Ok(())
+    }
+
+    /// Where a wait leaves the claim.
+    fn outcome(&self, wait: Wait) -> Outcome {
+        let facts = self.facts();
+        let ready = matches!(
+            self.seen.vf,
+            Some(VfSeen { vf: Vf::VfioFree, configured: true, .. })
+        );
+        match facts {
+            ClaimFacts { deleting: true, .. } => Outcome::Releasing(wait),
+            ClaimFacts { device: false, .. } => Outcome::NotAllocated(wait),
+            ClaimFacts { attachment: true, .. } => Outcome::NotAttached(wait),
+            _ if ready => Outcome::NotAttached(wait),
+            _ => Outcome::NotPrepared(wait),
+        }
+    }
+
+    fn wait(&self, wait: Wait) -> End {
+        let again = match wait.reason {
+            reason::GUEST_NOT_CONFIGURED | reason::UNPLUG_PENDING | reason::RETRYING => GUEST,
+            _ => WAITING,
+        };
+        End { outcome: Some(self.outcome(wait)), next: Action::requeue(again) }
+    }
+
+    fn failed(&self, uid: &str, error: &ReconcileError) -> Action {
+        let class = error.class();
+        let again = self.agent.backoff.failed(uid.to_owned());
+        tracing::warn!(
+            claim = self.claim.metadata.name,
+            class = class.as_str(),
+            %error,
+            again_in = ?again,
+            "reconcile failed"
+        );
+        Action::requeue(again)
+    }
+
+    /// Writes the conditions and the guest's device, when they differ from what
+    /// is there, and an event for what a person should know.
+    async fn report(&self, outcome: &Outcome) -> Result<(), ReconcileError> {
+        let status = self.claim.status.clone().unwrap_or_default();
+        let mut fields = Map::new();
+        let mut seen = Map::new();
+        if let Outcome::Attached(device) = outcome {
+            fields.insert("guestDevice".to_owned(), json!(device));
+        }
+        if let Some(device) = &status.guest_device {
+            seen.insert("guestDevice".to_owned(), json!(device));
+        }
+        let said = Report {
+            manager: MANAGER,
+            owned: &OWN,
+            conditions: conditions(outcome),
+            observed_generation: self.claim.metadata.generation,
+            fields,
+        };
+        let written = report(&self.api, &self.claim, &status.conditions, &seen, &said).await?;
+        if written.is_none() {
+            return Ok(());
+        }
+        let on = self.claim.object_ref(&());
+        match (waits_for(outcome), outcome) {
+            (Some(wait), _) => {
+                self.agent.events.warning(&on, "Attach", wait.reason, &wait.message).await;
+            }
+            (None, Outcome::Attached(device)) => {
+                let note = format!("the VM has the VF at PCI address {}", device.pci_address);
+                self.agent.events.normal(&on, "Attach", reason::ATTACHED, &note).await;
+            }
+            (None, _) => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! Starts the node agent: lock, kernel, ledger, recovery, then the loops.
+//!
+//! The order matters: nothing is allocated before the ledger is filled from a
+//! consistent LIST, and gates that a dead predecessor left open are closed
+//! before new ones open.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use common::api::{PhysicalFunction, VFClaim};
+use common::cli::{HttpArgs, KubeArgs, RetryArgs};
+use common::kube::events::Events;
+use common::kube::{Backoff, ClientOptions, KubeClient, client::ClientError};
+use common::telemetry::{self, EndpointError, Health};
+use futures::{StreamExt as _, stream};
+use kube::api::ListParams;
+use kube::runtime::controller::{self, Controller};
+use kube::runtime::reflector;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client};
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::agent::{Agent, SharedLedger, Turns};
+use super::lock::{AgentLock, LockError};
+use super::vf::VfError;
+use super::{publish, reconcile};
+use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
+use crate::hypervisor::gates::{CgroupGates, GateError, Gates as _, GatesConfig};
+use crate::hypervisor::launcher::Proc;
+use crate::kernel::{Kernel, RealKernel, Roots};
+
+/// `host-provisioner node`: creates VFs on this host and plugs them into VMs.
+#[derive(Args, Clone, Debug)]
+pub struct NodeArgs {
+    /// Name of the node that this agent serves.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: String,
+    /// Folder on the host for the agent's lock and the journal of opened gates. It must not
+    /// outlive the boot.
+    #[arg(long, default_value = "/run/vf-provisioner")]
+    pub state_dir: PathBuf,
+    /// QEMU's QMP socket inside a launcher's compute container.
+    #[arg(long, default_value = DEFAULT_SOCKET)]
+    pub qmp_socket: PathBuf,
+    /// Free PCIe root ports of a VM that are left to KubeVirt's own hotplugs.
+    #[arg(long, default_value_t = 2)]
+    pub reserved_ports: usize,
+    /// Claims worked on at once; work on one PF or one VM takes turns all the same.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    pub worker_threads: u16,
+    #[command(flatten)]
+    pub kube: KubeArgs,
+    #[command(flatten)]
+    pub retry: RetryArgs,
+    #[command(flatten)]
+    pub http: HttpArgs,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, Error)]
+pub enum NodeError {
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("the API server: {0}")]
+    Api(#[from] kube::Error),
+    #[error("the host's kernel: {0}")]
+    Kernel(#[from] VfError),
+    #[error("gates that an earlier agent left: {0}")]
+    Gates(#[from] GateError),
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    #[error("the watch of this node's PhysicalFunctions ended before it began")]
+    NoFunctions,
+    #[error("a thread ended unexpectedly: {0}")]
+    Thread(String),
+}
+
+/// Runs the agent until `stop`.
+pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeError> {
+    let _lock = AgentLock::acquire(&args.state_dir.join("agent.lock"))?;
+    let kube = KubeClient::new(&ClientOptions::from(&args.kube)).await?;
+    let health = Health::default();
+    let ready = health.check("ledger", "the claims of this node are not read yet");
+    let endpoint =
+        telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
+
+    let agent = Arc::new(build(&args, kube.client(), &stop).await?);
+    fill_ledger(&agent).await?;
+    recover_gates(&agent).await?;
+    ready.pass();
+    tracing::info!(node = agent.node_name, "serving");
+
+    let publisher = tokio::spawn(publish::run(Arc::clone(&agent), stop.clone()));
+    claims(&agent, &args, stop).await;
+    publisher.await.map_err(|e| NodeError::Thread(e.to_string()))?;
+    drop(endpoint);
+    Ok(())
+}
+
+async fn build(
+    args: &NodeArgs,
+    client: Client,
+    stop: &CancellationToken,
+) -> Result<Agent, NodeError> {
+    let kernel: Arc<dyn Kernel> = Arc::new(RealKernel::new(Roots::default()));
+    let boot_id = publish::boot_id(&kernel).await?;
+    let (pool_changed, _) = watch::channel(());
+    let functions = watch_functions(&client, args, pool_changed.clone(), stop.clone()).await?;
+    let gates = CgroupGates::new(GatesConfig::under(&args.state_dir));
+    Ok(Agent {
+        events: Events::new(
+            client.clone(),
+            "host-provisioner-node",
+            Some(args.node_name.clone()),
+        ),
+        client,
+        node_name: args.node_name.clone(),
+        boot_id,
+        kernel,
+        hypervisor: Arc::new(QmpHypervisor::new(args.qmp_socket.clone())),
+        gates: Arc::new(gates),
+        proc: Proc::new("/proc"),
+        reserved_ports: args.reserved_ports,
+        backoff: Backoff::new(args.retry.retry_interval_start, args.retry.retry_interval_max),
+        pf_turns: Turns::default(),
+        vm_turns: Turns::default(),
+        pool_changed,
+        functions,
+        ledger: SharedLedger::default(),
+    })
+}
+
+/// Follows this node's `PhysicalFunction`s; a change wakes whoever waits for the pool.
+async fn watch_functions(
+    client: &Client,
+    args: &NodeArgs,
+    changed: watch::Sender<()>,
+    stop: CancellationToken,
+) -> Result<reflector::Store<PhysicalFunction>, NodeError> {
+    let api: Api<PhysicalFunction> = Api::all(client.clone());
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", args.node_name));
+    let (store, writer) = reflector::store();
+    let stream = watcher(api, config).default_backoff().reflect(writer).touched_objects();
+    tokio::spawn(async move {
+        let generations = stream.take_until(stop.cancelled_owned());
+        futures::pin_mut!(generations);
+        let mut last = std::collections::HashMap::new();
+        while let Some(seen) = generations.next().await {
+            match seen {
+                // Our own reports change the status alone and wake nobody.
+                Ok(pf) => {
+                    let generation = pf.metadata.generation;
+                    let gone = pf.metadata.deletion_timestamp.is_some();
+                    let name = pf.metadata.name.unwrap_or_default();
+                    if last.insert(name, generation) != Some(generation) || gone {
+                        changed.send_replace(());
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "the watch of PhysicalFunctions was cut"),
+            }
+        }
+    });
+    store.wait_until_ready().await.map_err(|_| NodeError::NoFunctions)?;
+    Ok(store)
+}
+
+/// Enters every claim of this node from a consistent LIST.
+async fn fill_ledger(agent: &Agent) -> Result<(), NodeError> {
+    let api: Api<VFClaim> = Api::all(agent.client.clone());
+    // No resourceVersion: the API server answers from a quorum read.
+    let mine = ListParams::default().fields(&format!("status.hostNode={}", agent.node_name));
+    let claims = api.list(&mine).await?;
+    let mut ledger = agent.ledger.lock();
+    for claim in &claims {
+        if let Err(error) = ledger.observe(claim) {
+            // Both are reported when they are reconciled; neither is acted on.
+            tracing::error!(%error, "two claims name one VF");
+        }
+    }
+    tracing::info!(claims = claims.items.len(), "ledger filled");
+    Ok(())
+}
+
+/// Closes what an earlier agent left open, all but what attached VFs need.
+async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
+    let shared = Arc::clone(agent);
+    let recovered = tokio::task::spawn_blocking(move || {
+        shared.gates.recover(&|journal| {
+            shared.ledger.lock().others_attached_in(&journal.pod_uid, "") > 0
+        })
+    })
+    .await
+    .map_err(|e| NodeError::Thread(e.to_string()))??;
+    for one in recovered {
+        match one.result {
+            Ok(()) => tracing::info!(pod = one.pod_uid, kept = one.kept, "gates recovered"),
+            Err(error) => tracing::error!(pod = one.pod_uid, %error, "gates not recovered"),
+        }
+    }
+    Ok(())
+}
+
+/// Reconciles this node's claims until stopped.
+async fn claims(agent: &Arc<Agent>, args: &NodeArgs, stop: CancellationToken) {
+    let api: Api<VFClaim> = Api::all(agent.client.clone());
+    let mine =
+        watcher::Config::default().fields(&format!("status.hostNode={}", agent.node_name));
+    let pool = changes_of(agent.pool_changed.subscribe());
+    Controller::new(api, mine)
+        .with_config(controller::Config::default().concurrency(args.worker_threads))
+        .reconcile_all_on(pool)
+        .graceful_shutdown_on(async move { stop.cancelled().await })
+        .run(
+            |claim, agent| async move {
+                Ok::<_, std::convert::Infallible>(reconcile::reconcile(claim, agent).await)
+            },
+            |_, error, _| match *error {},
+            Arc::clone(agent),
+        )
+        .for_each(|done| async move {
+            if let Err(error) = done {
+                let gone = matches!(error, controller::Error::ObjectNotFound(_));
+                if !gone {
+                    tracing::warn!(%error, "claims");
+                }
+            }
+        })
+        .await;
+}
+
+/// A stream that yields once for each change of the pool.
+fn changes_of(changed: watch::Receiver<()>) -> impl futures::Stream<Item = ()> {
+    stream::unfold(changed, |mut changed| async move {
+        changed.changed().await.ok().map(|()| ((), changed))
+    })
+}

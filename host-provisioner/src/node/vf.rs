@@ -1,0 +1,189 @@
+//! What the agent does to a VF on its host: look, create, prepare, clean. Runs
+//! the blocking kernel calls on threads made for it; decides nothing beyond
+//! "is this VF proven free".
+
+use std::sync::Arc;
+
+use common::api::DeviceStatus;
+use common::pci::PciAddress;
+use thiserror::Error;
+
+use super::plan::{Vf, VfSeen};
+use crate::driver::{DriverError, VfDriver, driver_for};
+use crate::kernel::{
+    GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
+};
+
+/// What can go wrong with a VF on the host.
+#[derive(Debug, Error)]
+pub enum VfError {
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Hold(#[from] HoldError),
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    #[error("the granted MAC address: {0}")]
+    Mac(#[from] MacError),
+    #[error("{0} is not a physical function of this node; it may have been removed or renamed")]
+    UnknownPf(String),
+    #[error("the driver of {pf} ({driver}) is not supported yet; use a PF of another driver")]
+    NoDriver { pf: PciAddress, driver: String },
+    #[error("{pf} has no VF {index}")]
+    NoVf { pf: PciAddress, index: u16 },
+    #[error("VF {0} has no IOMMU group: is the IOMMU on (intel_iommu=on or amd_iommu=on)?")]
+    NoGroup(PciAddress),
+    #[error("VF {0} shares its IOMMU group with {1}, which is not a free VF of the same PF")]
+    NotIsolated(PciAddress, PciAddress),
+    #[error("the kernel thread ended unexpectedly: {0}")]
+    Thread(String),
+}
+
+/// Runs a blocking piece of kernel work off the async threads.
+pub async fn blocking<T, F>(kernel: &Arc<dyn Kernel>, work: F) -> Result<T, VfError>
+where
+    T: Send + 'static,
+    F: FnOnce(&dyn Kernel) -> Result<T, VfError> + Send + 'static,
+{
+    let kernel = Arc::clone(kernel);
+    tokio::task::spawn_blocking(move || work(kernel.as_ref()))
+        .await
+        .map_err(|e| VfError::Thread(e.to_string()))?
+}
+
+/// The VF of that index, if the PF has it.
+pub fn find(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<Option<VfFacts>, VfError> {
+    Ok(kernel.virtual_functions(pf.address)?.into_iter().find(|vf| vf.index == index))
+}
+
+/// The VF's state, proven by opening its group when it is on vfio-pci.
+pub fn look(
+    kernel: &dyn Kernel,
+    pf: &PfFacts,
+    index: u16,
+    want: &VfConfig,
+) -> Result<VfSeen, VfError> {
+    let Some(vf) = find(kernel, pf, index)? else {
+        return Ok(VfSeen { vf: Vf::Absent, configured: false, clean: true });
+    };
+    let state = match vf.driver.as_deref() {
+        None => Vf::Driverless,
+        Some(VFIO_PCI) => {
+            let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
+            match kernel.hold_group(group) {
+                Ok(_hold) => Vf::VfioFree,
+                Err(HoldError::Busy { .. }) => Vf::VfioHeld,
+                Err(other) => return Err(other.into()),
+            }
+        }
+        Some(other) => Vf::OtherDriver(other.to_owned()),
+    };
+    let config = kernel.vf_config(pf, index)?;
+    let clean = state == Vf::Driverless && config == driver(pf)?.capabilities().clean();
+    Ok(VfSeen { configured: config == *want, clean, vf: state })
+}
+
+/// Opens the VF's group, which proves that nobody has it; `None` when the VF is
+/// driverless, which is free as well.
+fn prove_free(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<GroupHold>, VfError> {
+    match vf.driver.as_deref() {
+        None => Ok(None),
+        Some(VFIO_PCI) => {
+            let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
+            Ok(Some(kernel.hold_group(group)?))
+        }
+        Some(_) => Err(KernelError::WrongDriver {
+            vf: vf.address,
+            found: vf.driver.clone(),
+            wanted: Some(VFIO_PCI.to_owned()),
+        }
+        .into()),
+    }
+}
+
+/// Refuses a VF whose group has a member that is no VF of its PF: a VM that had
+/// the group could reach that member.
+fn isolated(kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), VfError> {
+    let ours = kernel.virtual_functions(pf.address)?;
+    let stranger =
+        vf.group_members.iter().find(|member| !ours.iter().any(|vf| vf.address == **member));
+    match stranger {
+        None => Ok(()),
+        Some(stranger) => Err(VfError::NotIsolated(vf.address, *stranger)),
+    }
+}
+
+/// Configures the VF, binds it to vfio-pci and reads both back; the device's
+/// addresses and ids are returned for the claim.
+///
+/// The group is held from the binding until the readback, and let go just
+/// before QEMU opens it.
+pub fn prepare(
+    kernel: &dyn Kernel,
+    pf: &PfFacts,
+    device: &DeviceStatus,
+    want: &VfConfig,
+) -> Result<DeviceStatus, VfError> {
+    let index = device.vf_index;
+    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf { pf: pf.address, index })?;
+    isolated(kernel, pf, &vf)?;
+    let held = prove_free(kernel, &vf)?;
+    driver(pf)?.setup(kernel, pf, &vf, want)?;
+    let held = match held {
+        Some(held) => held,
+        None => {
+            kernel.bind_vfio(vf.address)?;
+            kernel.hold_group(vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?)?
+        }
+    };
+    // vfio-pci's probe may reset the function; what counts is what is there now.
+    let got = kernel.vf_config(pf, index)?;
+    drop(held);
+    if got != *want {
+        return Err(KernelError::Readback {
+            interface: pf.interface.clone().unwrap_or_default(),
+            index,
+            setting: "the VF's settings",
+            wanted: want.to_string(),
+            got: got.to_string(),
+        }
+        .into());
+    }
+    Ok(described(device, &vf))
+}
+
+/// The claim's device with what is known of the VF now that it exists.
+#[must_use]
+pub fn described(device: &DeviceStatus, vf: &VfFacts) -> DeviceStatus {
+    DeviceStatus {
+        pci_address: Some(vf.address.to_string()),
+        vendor_id: Some(vf.vendor.to_string()),
+        device_id: Some(vf.device.to_string()),
+        iommu_group: vf.iommu_group,
+        ..device.clone()
+    }
+}
+
+/// Takes everything of the last holder off a free VF and leaves it driverless.
+pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfError> {
+    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf { pf: pf.address, index })?;
+    let held = prove_free(kernel, &vf)?;
+    driver(pf)?.teardown(kernel, pf, &vf)?;
+    drop(held);
+    if vf.driver.is_some() {
+        kernel.unbind(vf.address)?;
+    }
+    Ok(())
+}
+
+/// Gives an idle PF its VFs.
+pub fn create(kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), VfError> {
+    Ok(driver(pf)?.create(kernel, pf, count)?)
+}
+
+fn driver(pf: &PfFacts) -> Result<&'static dyn VfDriver, VfError> {
+    driver_for(pf).ok_or_else(|| VfError::NoDriver {
+        pf: pf.address,
+        driver: pf.driver.clone().unwrap_or_else(|| "none".to_owned()),
+    })
+}
