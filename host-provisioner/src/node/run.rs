@@ -28,7 +28,8 @@ use super::lock::{AgentLock, LockError};
 use super::vf::VfError;
 use super::{publish, reconcile};
 use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
-use crate::hypervisor::gates::{CgroupGates, GateError, Gates as _, GatesConfig};
+use crate::hypervisor::gates::GateError;
+use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
 use crate::kernel::{Kernel, RealKernel, Roots};
 
@@ -111,7 +112,10 @@ async fn build(
     let boot_id = publish::boot_id(&kernel).await?;
     let (pool_changed, _) = watch::channel(());
     let functions = watch_functions(&client, args, pool_changed.clone(), stop.clone()).await?;
-    let gates = CgroupGates::new(GatesConfig::under(&args.state_dir));
+    let gates = HostGates::new(GatePaths {
+        journal: args.state_dir.join("journal"),
+        ..GatePaths::default()
+    })?;
     Ok(Agent {
         events: Events::new(
             client.clone(),
