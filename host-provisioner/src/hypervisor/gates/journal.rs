@@ -81,6 +81,9 @@ pub struct Journal {
     pub memlock: Option<MemlockRecord>,
 }
 
+/// A pod's UID and its journal, or why that cannot be read.
+pub type Entry = (String, Result<Journal, GateError>);
+
 /// The folder of journals.
 #[derive(Clone, Debug)]
 pub struct Journals {
@@ -114,7 +117,7 @@ impl Journals {
     }
 
     /// All journals; a damaged one is an error of its own beside the others.
-    pub fn read_all(&self) -> Result<Vec<(String, Result<Journal, GateError>)>, GateError> {
+    pub fn read_all(&self) -> Result<Vec<Entry>, GateError> {
         let failed = |e| GateError::io("list", &self.directory, e);
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.directory).map_err(failed)? {
