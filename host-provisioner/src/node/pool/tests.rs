@@ -219,7 +219,7 @@ fn a_group_is_shared_within_one_vm_only() {
         vf.driver = Some(VFIO_PCI.to_owned());
     }
     pool.holders = vec![holder("b", 0)];
-    assert_eq!(groups_to_probe(&pool.vfs, &pool.holders), []);
+    assert_eq!(groups_to_probe(&pool.vfs, &pool.holders), Vec::<u32>::new());
     let same = choose(&[PfView::new(pool.clone())], &wish("a")).unwrap();
     assert_eq!(same.vf_index, 1);
     pool.holders[0].vm_uid = "vm-2".to_owned();
