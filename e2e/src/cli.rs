@@ -10,7 +10,10 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
-use e2e::{machine, cache, exec, interrupt, lint, logs, mutants, oci_runtime, progress, runner, scenarios, tools,};
+use e2e::{
+    cache, exec, interrupt, lint, logs, machine, mutants, oci_runtime, progress, runner, scenarios,
+    tools,
+};
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.
 #[derive(Parser)]
@@ -226,7 +229,11 @@ async fn run_in(paths: Paths, name: &str, command: &str, seconds: u64) -> Result
     let out = if name == machine::NODE {
         machine.l1().run_with(command, &[], limit).await?
     } else {
-        machine.l2(name).await?.run_with(command, &[], limit).await?
+        machine
+            .l2(name)
+            .await?
+            .run_with(command, &[], limit)
+            .await?
     };
     std::io::Write::write_all(&mut std::io::stdout(), &out.stdout)?;
     std::io::Write::write_all(&mut std::io::stderr(), &out.stderr)?;

@@ -191,9 +191,7 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
     // Ahead of what else the machine runs: an emulated clock that starves lets guests'
     // watchdogs and timeouts fire.
     let mut command: Vec<String> = ["nice", "-n", "-10", "env"].map(Into::into).into();
-    command.extend([
-        format!("QEMU_MODULE_DIR={}", modules.display()),
-    ]);
+    command.extend([format!("QEMU_MODULE_DIR={}", modules.display())]);
     command.extend(qemu::command(image, &spec));
     let log = paths.state().join("l1-qemu.log");
     let daemon = Daemon::spawn(&paths.state(), NODE, &command, &log)?;
