@@ -1,5 +1,6 @@
 //! The command line: reads arguments, sets up what all commands need, calls one of them.
 
+mod demo;
 mod test;
 
 use std::ffi::OsString;
@@ -32,6 +33,12 @@ enum Verb {
     Down,
     /// Show what of the data centre runs
     Status,
+    /// Set up the data centre and show one claim's way up and back
+    Demo {
+        /// Leave all running and print how to reach both clusters
+        #[arg(long)]
+        keep: bool,
+    },
     /// Run all tests, or the scenarios whose name contains one of the words
     Test {
         /// Words of scenario names
@@ -77,6 +84,7 @@ impl Verb {
             Self::Up => "up",
             Self::Down => "down",
             Self::Status => "status",
+            Self::Demo { .. } => "demo",
             Self::Test { .. } => "test",
             Self::Machine => "machine",
             Self::Run { .. } => "run",
@@ -162,6 +170,10 @@ async fn run(verb: Verb) -> Result<()> {
             context::down(&Ctx::prepare(paths)?)
         }
         Verb::Status => status(paths).await,
+        Verb::Demo { keep } => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            demo::run(paths, keep).await
+        }
         Verb::Test { list: true, .. } => {
             for s in scenarios::all() {
                 println!("{:<28} {}", s.name, s.shows);
@@ -228,7 +240,11 @@ async fn run_in(paths: Paths, name: &str, command: &str, seconds: u64) -> Result
     let out = if name == machine::NODE {
         machine.l1().run_with(command, &[], limit).await?
     } else {
-        machine.l2(name).await?.run_with(command, &[], limit).await?
+        machine
+            .l2(name)
+            .await?
+            .run_with(command, &[], limit)
+            .await?
     };
     std::io::Write::write_all(&mut std::io::stdout(), &out.stdout)?;
     std::io::Write::write_all(&mut std::io::stderr(), &out.stderr)?;

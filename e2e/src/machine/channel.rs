@@ -208,10 +208,7 @@ mod tests {
             }
         });
         let channel = Channel::new(dir.path(), 1);
-        let out = channel
-            .run("x", &[], Duration::from_secs(5))
-            .await
-            .unwrap();
+        let out = channel.run("x", &[], Duration::from_secs(5)).await.unwrap();
         assert_eq!(out.text(), "hi");
         server.abort();
     }

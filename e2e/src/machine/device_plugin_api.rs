@@ -115,7 +115,9 @@ impl<P: Plugin> Service<http::Request<Body>> for Server<P> {
         Box::pin(async move {
             Ok(match request.uri().path() {
                 "/v1beta1.DevicePlugin/GetDevicePluginOptions" => {
-                    Grpc::new(ProstCodec::default()).unary(Options, request).await
+                    Grpc::new(ProstCodec::default())
+                        .unary(Options, request)
+                        .await
                 }
                 "/v1beta1.DevicePlugin/ListAndWatch" => {
                     Grpc::new(ProstCodec::default())

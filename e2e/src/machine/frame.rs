@@ -117,9 +117,7 @@ impl<'a> Frame<'a> {
 }
 
 fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(
-        bytes.get(at..at + 2)?.try_into().ok()?,
-    ))
+    Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
 fn ipv4(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {

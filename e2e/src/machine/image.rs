@@ -28,29 +28,99 @@ const DISK: &str = "10G";
 /// Path in the image, permissions, content.
 type File = (&'static str, u32, &'static str);
 const FILES: [File; 16] = [
-    ("usr/lib/harness/channel-agent", 0o755, include_str!("files/channel-agent")),
-    ("usr/lib/harness/channel-read", 0o755, include_str!("files/channel-read")),
-    ("usr/lib/harness/channel-relay", 0o755, include_str!("files/channel-relay")),
-    ("usr/lib/harness/harness-network", 0o755, include_str!("files/harness-network")),
-    ("usr/lib/harness/harness-trace", 0o755, include_str!("files/harness-trace")),
-    ("usr/lib/harness/launcher", 0o755, include_str!("files/launcher")),
-    ("etc/systemd/system/harness-channel@.service", 0o644, include_str!("files/harness-channel@.service")),
-    ("etc/systemd/system/harness-network.service", 0o644, include_str!("files/harness-network.service")),
-    ("etc/systemd/system/harness-trace.service", 0o644, include_str!("files/harness-trace.service")),
-    ("etc/systemd/system/harness.mount", 0o644, include_str!("files/harness.mount")),
-    ("etc/systemd/system/kubelet.service", 0o644, include_str!("files/kubelet.service")),
-    ("etc/udev/rules.d/99-harness.rules", 0o644, include_str!("files/99-harness.rules")),
-    ("etc/containerd/config.toml", 0o644, include_str!("files/containerd.toml")),
-    ("etc/cni/conflist.tmpl", 0o644, include_str!("files/cni-conflist.tmpl")),
-    ("etc/modules-load.d/harness.conf", 0o644, include_str!("files/modules.conf")),
-    ("etc/sysctl.d/90-harness.conf", 0o644, include_str!("files/sysctl.conf")),
+    (
+        "usr/lib/harness/channel-agent",
+        0o755,
+        include_str!("files/channel-agent"),
+    ),
+    (
+        "usr/lib/harness/channel-read",
+        0o755,
+        include_str!("files/channel-read"),
+    ),
+    (
+        "usr/lib/harness/channel-relay",
+        0o755,
+        include_str!("files/channel-relay"),
+    ),
+    (
+        "usr/lib/harness/harness-network",
+        0o755,
+        include_str!("files/harness-network"),
+    ),
+    (
+        "usr/lib/harness/harness-trace",
+        0o755,
+        include_str!("files/harness-trace"),
+    ),
+    (
+        "usr/lib/harness/launcher",
+        0o755,
+        include_str!("files/launcher"),
+    ),
+    (
+        "etc/systemd/system/harness-channel@.service",
+        0o644,
+        include_str!("files/harness-channel@.service"),
+    ),
+    (
+        "etc/systemd/system/harness-network.service",
+        0o644,
+        include_str!("files/harness-network.service"),
+    ),
+    (
+        "etc/systemd/system/harness-trace.service",
+        0o644,
+        include_str!("files/harness-trace.service"),
+    ),
+    (
+        "etc/systemd/system/harness.mount",
+        0o644,
+        include_str!("files/harness.mount"),
+    ),
+    (
+        "etc/systemd/system/kubelet.service",
+        0o644,
+        include_str!("files/kubelet.service"),
+    ),
+    (
+        "etc/udev/rules.d/99-harness.rules",
+        0o644,
+        include_str!("files/99-harness.rules"),
+    ),
+    (
+        "etc/containerd/config.toml",
+        0o644,
+        include_str!("files/containerd.toml"),
+    ),
+    (
+        "etc/cni/conflist.tmpl",
+        0o644,
+        include_str!("files/cni-conflist.tmpl"),
+    ),
+    (
+        "etc/modules-load.d/harness.conf",
+        0o644,
+        include_str!("files/modules.conf"),
+    ),
+    (
+        "etc/sysctl.d/90-harness.conf",
+        0o644,
+        include_str!("files/sysctl.conf"),
+    ),
 ];
 /// Units that start at boot, and the target that wants them.
 const ENABLED: [(&str, &str); 5] = [
-    ("/etc/systemd/system/harness-network.service", "multi-user.target"),
+    (
+        "/etc/systemd/system/harness-network.service",
+        "multi-user.target",
+    ),
     ("/etc/systemd/system/harness.mount", "multi-user.target"),
     ("/etc/systemd/system/kubelet.service", "multi-user.target"),
-    ("/usr/lib/systemd/system/containerd.service", "multi-user.target"),
+    (
+        "/usr/lib/systemd/system/containerd.service",
+        "multi-user.target",
+    ),
     ("/etc/systemd/system/harness-trace.service", "basic.target"),
 ];
 /// What a test machine does not need: every unit less is a second less under emulation.
@@ -226,7 +296,12 @@ fn trim(root: &Path) -> Result<()> {
     // Empty, not "uninitialized": the machine takes its id from the kernel command line
     // and does not run first-boot presets, which would enable units again.
     std::fs::write(root.join("etc/machine-id"), "")?;
-    for dir in ["harness", "opt/cni/bin", "etc/kubernetes/manifests", "var/lib/kubelet"] {
+    for dir in [
+        "harness",
+        "opt/cni/bin",
+        "etc/kubernetes/manifests",
+        "var/lib/kubelet",
+    ] {
         std::fs::create_dir_all(root.join(dir))?;
     }
     Ok(())

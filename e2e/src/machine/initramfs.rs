@@ -67,10 +67,7 @@ fn load_order(dep: &str, builtin: &str, wanted: &[&str]) -> Result<Vec<PathBuf>>
             (path, needs.split_whitespace().collect::<Vec<_>>()),
         );
     }
-    let builtin: Vec<String> = builtin
-        .lines()
-        .map(|l| module_name(Path::new(l)))
-        .collect();
+    let builtin: Vec<String> = builtin.lines().map(|l| module_name(Path::new(l))).collect();
     let mut order: Vec<PathBuf> = Vec::new();
     for name in wanted {
         let Some((path, needs)) = by_name.get(*name) else {

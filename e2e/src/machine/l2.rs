@@ -96,18 +96,26 @@ pub(super) async fn prepare(l1: &L1, host: &Cluster, paths: &Paths) -> Result<()
         apply(host, &objects::definition()).await?;
         let crds: Api<CustomResourceDefinition> = Api::all(host.client());
         let name = "virtualmachineinstances.kubevirt.io";
-        wait::until("the VMI's definition", Duration::from_secs(60), EVERY, || async {
-            let crd = crds.get(name).await?;
-            let conditions = crd.status.and_then(|s| s.conditions).unwrap_or_default();
-            let ok = conditions
-                .iter()
-                .any(|c| c.type_ == "Established" && c.status == "True");
-            Ok(Probe::of::<String>(Ok(ok.then_some(())), "not established"))
-        })
+        wait::until(
+            "the VMI's definition",
+            Duration::from_secs(60),
+            EVERY,
+            || async {
+                let crd = crds.get(name).await?;
+                let conditions = crd.status.and_then(|s| s.conditions).unwrap_or_default();
+                let ok = conditions
+                    .iter()
+                    .any(|c| c.type_ == "Established" && c.status == "True");
+                Ok(Probe::of::<String>(Ok(ok.then_some(())), "not established"))
+            },
+        )
         .await?;
-        apply(host, &json!({
-            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE},
-        }))
+        apply(
+            host,
+            &json!({
+                "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE},
+            }),
+        )
         .await?;
         l1.import_image(&launcher_image(paths)?).await?;
         start_plugin(l1).await
@@ -120,8 +128,18 @@ fn launcher_image(paths: &Paths) -> Result<std::path::PathBuf> {
     let dir = tempfile::tempdir_in(paths.state())?;
     let root = dir.path().join("root");
     for d in [
-        "usr", "boot", "etc/harness-vm", "etc/libvirt", "run", "tmp", "proc", "sys", "dev",
-        "var/lib", "var/log", "var/cache",
+        "usr",
+        "boot",
+        "etc/harness-vm",
+        "etc/libvirt",
+        "run",
+        "tmp",
+        "proc",
+        "sys",
+        "dev",
+        "var/lib",
+        "var/log",
+        "var/cache",
     ] {
         std::fs::create_dir_all(root.join(d))?;
     }
@@ -130,9 +148,15 @@ fn launcher_image(paths: &Paths) -> Result<std::path::PathBuf> {
     }
     std::os::unix::fs::symlink("/run", root.join("var/run"))?;
     for (path, text) in [
-        ("etc/passwd", "root:x:0:0::/:/bin/bash\nqemu:x:107:107::/:/bin/bash\n"),
+        (
+            "etc/passwd",
+            "root:x:0:0::/:/bin/bash\nqemu:x:107:107::/:/bin/bash\n",
+        ),
         ("etc/group", "root:x:0:\nqemu:x:107:\n"),
-        ("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n"),
+        (
+            "etc/nsswitch.conf",
+            "passwd: files\ngroup: files\nhosts: files dns\n",
+        ),
         ("etc/machine-id", "11111111000040008000000000000107\n"),
     ] {
         std::fs::write(root.join(path), text)?;
@@ -192,9 +216,12 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
     }
     let l2 = progress::step_async(
         &format!("starting the VM {} in its launcher pod", vm.name),
-        wait::until(&format!("VM {} to answer", vm.name), BOOT, EVERY, || async {
-            Ok(Probe::of(answers(l1, host, &vm.name).await.map(Some), ""))
-        }),
+        wait::until(
+            &format!("VM {} to answer", vm.name),
+            BOOT,
+            EVERY,
+            || async { Ok(Probe::of(answers(l1, host, &vm.name).await.map(Some), "")) },
+        ),
     )
     .await?;
     report(host, vm, &l2.pod_uid).await?;
@@ -281,7 +308,8 @@ pub(super) async fn down(host: &Cluster, guest: &Cluster, name: &str) -> Result<
         );
         gone(&api, &object, &at_once).await?;
     }
-    let volumes = Api::<DynamicObject>::all_with(host.client(), &resource("v1", "PersistentVolume"));
+    let volumes =
+        Api::<DynamicObject>::all_with(host.client(), &resource("v1", "PersistentVolume"));
     gone(&volumes, &format!("{NAMESPACE}-{name}"), &at_once).await?;
     let nodes = Api::<DynamicObject>::all_with(guest.client(), &resource("v1", "Node"));
     gone(&nodes, name, &at_once).await
@@ -318,7 +346,9 @@ fn resource(version: &str, kind: &str) -> ApiResource {
 /// Server-side apply of one object.
 async fn apply(cluster: &Cluster, object: &Value) -> Result<DynamicObject> {
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-    let meta = object.get("metadata").context("an object without metadata")?;
+    let meta = object
+        .get("metadata")
+        .context("an object without metadata")?;
     let name = text(meta.get("name").unwrap_or(&Value::Null));
     let namespace = text(meta.get("namespace").unwrap_or(&Value::Null));
     let kind = text(object.get("kind").unwrap_or(&Value::Null));

@@ -71,7 +71,10 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     for flag in ["-no-user-config", "-nodefaults"] {
         arg(flag, "");
     }
-    arg("-chardev", &format!("file,id=console,path={dir}/console.log,append=on"));
+    arg(
+        "-chardev",
+        &format!("file,id=console,path={dir}/console.log,append=on"),
+    );
     arg("-serial", "chardev:console");
     arg("-qmp", &format!("unix:{dir}/qmp.sock,server=on,wait=off"));
     arg("-device", "intel-iommu,intremap=on,caching-mode=on");
@@ -171,9 +174,15 @@ mod tests {
         let c = command(&image, &spec);
         let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
         assert_eq!(igbs.len(), 3);
-        assert!(c.iter().any(|a| a.contains("id=rp2") && a.contains("disable-acs=on")));
+        assert!(
+            c.iter()
+                .any(|a| a.contains("id=rp2") && a.contains("disable-acs=on"))
+        );
         assert!(c.iter().all(|a| !a.is_empty()));
         let k = kernel_args(&spec);
-        assert!(k.contains("harness.hosts=a=1.2.3.4") && k.contains("no_timer_check"), "{k}");
+        assert!(
+            k.contains("harness.hosts=a=1.2.3.4") && k.contains("no_timer_check"),
+            "{k}"
+        );
     }
 }
