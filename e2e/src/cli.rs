@@ -12,7 +12,8 @@ use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
 use e2e::{
-    cache, exec, interrupt, lint, logs, mutants, oci_runtime, progress, runner, scenarios, tools,
+    cache, exec, interrupt, lint, logs, machine, mutants, oci_runtime, progress, runner, scenarios,
+    tools,
 };
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Namespace of the tenant's VMs in the host's cluster.
 pub const NAMESPACE: &str = "tenant-vms";
 /// Channel ports into a VM.
-const PORTS: usize = 4;
+const PORTS: usize = 2;
 /// Root ports: enough for libvirt's own devices, KubeVirt's spares and several VFs.
 const ROOT_PORTS: usize = 12;
 /// Where the launcher keeps the sockets of the channel, in its container.
@@ -57,7 +57,8 @@ impl Vm {
 pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     let hosts: Vec<String> = hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
     let cmdline = format!(
-        "console=ttyS0 quiet panic=1 no_timer_check harness.role=l2 systemd.hostname={} \
+        "console=ttyS0 quiet panic=1 no_timer_check systemd.default_timeout_start_sec=600 \
+         systemd.default_device_timeout_sec=600 harness.role=l2 systemd.hostname={} \
          systemd.machine_id={} harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
         vm.name,
         vm.uuid.replace('-', ""),

@@ -27,16 +27,11 @@ const DISK: &str = "10G";
 
 /// Path in the image, permissions, content.
 type File = (&'static str, u32, &'static str);
-const FILES: [File; 16] = [
+const FILES: [File; 15] = [
     (
         "usr/lib/harness/channel-agent",
         0o755,
         include_str!("files/channel-agent"),
-    ),
-    (
-        "usr/lib/harness/channel-read",
-        0o755,
-        include_str!("files/channel-read"),
     ),
     (
         "usr/lib/harness/channel-relay",

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::image::Image;
 
 /// Channel ports into L1: as many commands can run at once.
-pub(super) const PORTS: usize = 8;
+pub(super) const PORTS: usize = 4;
 
 /// The managed PF, the node's own, and the one that is not isolated.
 pub(super) const MANAGED_MAC: &str = "52:54:00:aa:00:01";
@@ -38,7 +38,8 @@ pub(super) fn kernel_args(s: &Spec<'_>) -> String {
     // no_timer_check: on a busy machine the emulated timer misses the kernel's deadline
     // of a few ticks, and the kernel panics ("IO-APIC + timer doesn't work").
     format!(
-        "console=ttyS0 quiet panic=1 no_timer_check intel_iommu=on iommu=pt harness.role=l1 \
+        "console=ttyS0 quiet panic=1 no_timer_check systemd.default_timeout_start_sec=600 \
+         systemd.default_device_timeout_sec=600 intel_iommu=on iommu=pt harness.role=l1 \
          systemd.hostname={} systemd.machine_id={} harness.net={NODE_MAC},{},{} harness.hosts={}",
         s.name,
         UUID.replace('-', ""),
