@@ -213,6 +213,11 @@ impl Candidate {
         self.observed.lease = lease;
     }
 
+    /// The Lease as last read is this candidate's.
+    fn holds(&self) -> bool {
+        plan(&self.observed, &self.config.identity, Instant::now()) == Step::Renew
+    }
+
     async fn acquire(&mut self) {
         loop {
             match self.attempt().await {
@@ -232,8 +237,13 @@ impl Candidate {
             let left = self.config.renew_deadline.saturating_sub(renewed.elapsed());
             // A try that began before the deadline may not outlast it.
             let begun = Instant::now();
+            if left.is_zero() {
+                return;
+            }
             match tokio::time::timeout(left, self.attempt()).await {
                 Ok(Ok(true)) => renewed = begun,
+                // Somebody else wrote to the Lease but left it ours.
+                Ok(Ok(false)) if self.holds() => {}
                 Ok(Ok(false)) => return,
                 Ok(Err(error)) => {
                     tracing::warn!(%error, lease = self.config.name, "cannot renew the Lease");

@@ -2,6 +2,7 @@
 //! compare-and-swap decision and one report, each only when something changes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::api::{GuestCluster, HOST_FINALIZER, VFClaim, condition, type_};
 use common::kube::status::{Report, decide, report};
@@ -15,13 +16,13 @@ use super::caches::{Guarded, readable};
 use super::plan::{Known, Plan, plan};
 use super::quota::Ledger;
 use super::refusal::Refusal;
-use super::run::{Controller, MANAGER, ReconcileError};
+use super::run::{Controller, MANAGER, RESYNC, ReconcileError};
 
-/// Reconciles one claim.
+/// Reconciles one claim; when to look again.
 pub(super) async fn reconcile(
     controller: &Controller,
     claim: &VFClaim,
-) -> Result<(), ReconcileError> {
+) -> Result<Duration, ReconcileError> {
     let api: Api<VFClaim> = namespaced(&controller.client, claim);
     let mut clusters = controller.caches.clusters();
     let mut due = decide_with(controller, claim, &clusters);
@@ -39,7 +40,8 @@ pub(super) async fn reconcile(
             controller.ledger.forget(claim);
         }
     }
-    done.map_err(ReconcileError::from)
+    done?;
+    Ok(RESYNC)
 }
 
 /// Plans under the ledger's lock, so that two claims cannot both take the last

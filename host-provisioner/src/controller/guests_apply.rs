@@ -2,7 +2,7 @@
 //! a name and was not made for this guest is a conflict, never adopted.
 
 use std::fmt::Debug;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::api::{GuestCluster, reason, type_};
 use common::kube::is_conflict;
@@ -17,23 +17,38 @@ use serde::de::DeserializeOwned;
 use super::caches::readable;
 use super::guests::{self, Wanted, is_made_for};
 use super::refusal::Refusal;
-use super::run::{Controller, MANAGER, ReconcileError};
+use super::run::{Controller, MANAGER, RESYNC, ReconcileError, Version};
 
 /// How long objects once seen to be right are trusted.
 const TRUST: Duration = Duration::from_secs(600);
+/// The least time between two looks at a guest, whose claims may change often.
+/// Not a debounce, which would put a busy guest off for ever.
+const PAUSE: Duration = Duration::from_secs(1);
 
-/// Reconciles one guest.
+/// Reconciles one guest; when to look again.
 pub(super) async fn reconcile(
     controller: &Controller,
     cluster: &GuestCluster,
-) -> Result<(), ReconcileError> {
+) -> Result<Duration, ReconcileError> {
     if cluster.metadata.deletion_timestamp.is_some() {
-        return Ok(());
+        return Ok(RESYNC);
     }
+    let version = (
+        cluster.uid().unwrap_or_default(),
+        cluster.metadata.generation,
+    );
+    if let Some(rest) = controller
+        .looked
+        .elapsed(&version)
+        .and_then(|e| PAUSE.checked_sub(e))
+    {
+        return Ok(rest);
+    }
+    controller.looked.now(version.clone());
     let caches = &controller.caches;
     let clusters = caches.clusters();
     let outcome = match guests::validate(cluster, &readable(&clusters)) {
-        Ok(()) => ensure(controller, cluster).await?,
+        Ok(()) => ensure(controller, cluster, version).await?,
         Err(refusal) => Err(refusal),
     };
     let classes = caches.classes();
@@ -84,7 +99,7 @@ async fn ensure(
     )
     .await?;
     if made.is_ok() {
-        controller.set_ensured(key, Instant::now());
+        controller.ensured.now(version);
     }
     Ok(made)
 }

@@ -32,10 +32,7 @@ pub const MANAGER: &str = "host-provisioner-controller";
 
 /// An object is looked at again after this time even when nothing changed: a
 /// deletion may be missed while a watch is broken.
-const RESYNC: Duration = Duration::from_secs(600);
-/// A guest's report waits for more changes this long.
-const DEBOUNCE: Duration = Duration::from_millis(500);
-
+pub(super) const RESYNC: Duration = Duration::from_secs(600);
 /// How the controller works.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -87,37 +84,51 @@ pub(super) struct Controller {
     pub(super) ledger: Ledger,
     pub(super) metrics: ControllerMetrics,
     pub(super) settings: Settings,
-    ensured: Mutex<HashMap<(String, Option<i64>), Instant>>,
+    /// When a guest's objects were last seen right.
+    pub(super) ensured: Since,
+    /// When a guest was last looked at in full.
+    pub(super) looked: Since,
     backoff: Backoff<String>,
 }
 
+/// UID and generation of an object.
+pub(super) type Version = (String, Option<i64>);
+
+/// When something was last done about an object, as it then was.
+#[derive(Default)]
+pub(super) struct Since(Mutex<HashMap<Version, Instant>>);
+
+impl Since {
+    pub(super) fn elapsed(&self, of: &Version) -> Option<Duration> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(of).map(Instant::elapsed)
+    }
+
+    pub(super) fn now(&self, of: Version) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(uid, _), _| *uid != of.0);
+        all.insert(of, Instant::now());
+    }
+}
+
 impl Controller {
-    /// When the objects of this guest, at this generation, were last seen right.
-    pub(super) fn ensured(&self, key: &(String, Option<i64>)) -> Option<Instant> {
-        let ensured = self.ensured.lock().unwrap_or_else(PoisonError::into_inner);
-        ensured.get(key).copied()
-    }
-
-    pub(super) fn set_ensured(&self, key: (String, Option<i64>), at: Instant) {
-        let mut ensured = self.ensured.lock().unwrap_or_else(PoisonError::into_inner);
-        ensured.retain(|(uid, _), _| *uid != key.0);
-        ensured.insert(key, at);
-    }
-
     /// Bounds a reconcile, counts it, and says when to look again.
     async fn attend<F>(&self, kind: &'static str, uid: Option<String>, work: F) -> Action
     where
-        F: Future<Output = Result<(), ReconcileError>>,
+        F: Future<Output = Result<Duration, ReconcileError>>,
     {
         let began = Instant::now();
         let uid = uid.unwrap_or_default();
         let done = tokio::time::timeout(self.settings.timeout, work)
             .await
             .unwrap_or(Err(ReconcileError::Timeout(self.settings.timeout)));
-        let Err(error) = done else {
-            self.metrics.reconciled(kind, "ok", began.elapsed());
-            self.backoff.forget(&uid);
-            return Action::requeue(RESYNC);
+        let error = match done {
+            Ok(again) => {
+                self.metrics.reconciled(kind, "ok", began.elapsed());
+                self.backoff.forget(&uid);
+                return Action::requeue(again);
+            }
+            Err(error) => error,
         };
         let class = error.class();
         self.metrics
@@ -160,7 +171,8 @@ pub async fn run(
         events: Events::new(client.clone(), MANAGER, settings.instance.clone()),
         ledger: Ledger::default(),
         metrics: ControllerMetrics::register(metrics),
-        ensured: Mutex::default(),
+        ensured: Since::default(),
+        looked: Since::default(),
         backoff: Backoff::new(settings.retry_start, settings.retry_max),
         client,
         caches: caches.clone(),
@@ -170,7 +182,6 @@ pub async fn run(
         controller.clone(),
         caches.claims.clone(),
         claims_queue,
-        Duration::ZERO,
         stop.clone(),
         |controller, claim: Arc<Guarded<VFClaim>>| async move {
             let uid = claim.uid();
@@ -187,7 +198,6 @@ pub async fn run(
         controller,
         caches.clusters.clone(),
         clusters_queue,
-        DEBOUNCE,
         stop.clone(),
         |controller, cluster: Arc<Guarded<GuestCluster>>| async move {
             let uid = cluster.uid();
@@ -217,7 +227,6 @@ async fn work<K, F, Fut>(
     controller: Arc<Controller>,
     store: Store<K>,
     queue: UnboundedReceiver<ObjectRef<K>>,
-    debounce: Duration,
     stop: CancellationToken,
     mut reconcile: F,
 ) where
@@ -245,7 +254,7 @@ async fn work<K, F, Fut>(
         controller,
         store,
         Box::pin(queue),
-        Config::default().concurrency(workers).debounce(debounce),
+        Config::default().concurrency(workers),
     );
     let mut done = pin!(done);
     while let Some(outcome) = done.next().await {
