@@ -54,9 +54,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let work = |term| async move { syncer::run(client, link, cluster_uid, &options, term).await };
     match LeaderConfig::from_args(&args.leader_election, "guest-syncer", &namespace)? {
         Some(config) => {
-            run_as_leader(guest.client(), config, stop, work).await?;
+            run_as_leader(guest.client(), config, stop, work)
+                .await?
+                .transpose()?;
         }
-        None => work(stop).await,
+        None => work(stop).await?,
     }
     Ok(())
 }

@@ -11,9 +11,10 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::api::Api;
 use kube::runtime::reflector::store::Writer;
 use kube::{Client, ResourceExt as _};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::host_link::HostLink;
+use crate::host_link::{Facts, HostLink};
 use crate::mirror::claims::Context;
 use crate::mirror::controller::{self, Caches};
 use crate::mirror::{MANAGER, class_mirror};
@@ -40,6 +41,12 @@ pub async fn cluster_uid(guest: &Client) -> Result<String, kube::Error> {
     Ok(found.uid().unwrap_or_default())
 }
 
+/// The host has another claim namespace for us than when we began. It is
+/// immutable, so the `GuestCluster` was made anew: what is cached is of the old one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the host's GuestCluster was made anew with another claimNamespace; starting over")]
+pub struct Moved;
+
 /// Syncs until `stop`, then ends what is under way.
 pub async fn run(
     guest: Client,
@@ -47,7 +54,7 @@ pub async fn run(
     cluster_uid: String,
     options: &Options,
     stop: CancellationToken,
-) {
+) -> Result<(), Moved> {
     let caches = Caches {
         nodes: Writer::default(),
         copies: Writer::default(),
@@ -70,7 +77,28 @@ pub async fn run(
         )
     };
     tokio::select! {
-        _ = work => {}
-        () = async { tokio::join!(host.follow(&options.guest_cluster), host.probe()); } => {}
+        _ = work => Ok(()),
+        () = async { tokio::join!(host.follow(&options.guest_cluster), host.probe()); } => Ok(()),
+        () = moved(host.facts()) => Err(Moved),
     }
+}
+
+/// Returns when the claim namespace is another than the first that was known.
+async fn moved(mut facts: watch::Receiver<Facts>) {
+    let namespace = |f: &Facts| match f {
+        Facts::Known(found) => Some(found.spec.claim_namespace.clone()),
+        Facts::Missing | Facts::Unknown(_) => None,
+    };
+    let mut first = None;
+    // An error says that the link is gone, and with it everything here.
+    let _ = facts
+        .wait_for(|f| match (namespace(f), &first) {
+            (Some(now), Some(before)) => now != *before,
+            (Some(now), None) => {
+                first = Some(now);
+                false
+            }
+            (None, _) => false,
+        })
+        .await;
 }

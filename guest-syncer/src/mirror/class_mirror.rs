@@ -10,7 +10,7 @@ use common::kube::{is_conflict, is_gone};
 use futures::StreamExt as _;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, Preconditions};
 use kube::core::PartialObjectMeta;
-use kube::runtime::{WatchStreamExt as _, metadata_watcher, watcher};
+use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Resource as _, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
@@ -26,8 +26,9 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Mirrors until `stop`.
 pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
     let api: Api<VFClass> = Api::all(ctx.guest.clone());
+    let metadata: Api<PartialObjectMeta<VFClass>> = Api::all(ctx.guest.clone());
     let mut facts = ctx.host.facts();
-    let mut touched = metadata_watcher(api.clone(), watcher::Config::default())
+    let mut touched = watcher(metadata, watcher::Config::default())
         .default_backoff()
         .touched_objects()
         .boxed();

@@ -1,0 +1,325 @@
+//! Two real API servers, a host's and a guest's, and a syncer between them that
+//! runs with the rights it gets in the field: the chart's rules in the guest,
+//! and on the host a certificate that may only touch its own claim namespace.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::api::{
+    GUEST_USER_PREFIX, GuestCluster, VFClaim, VFClaimStatus, condition, host_claim_name,
+};
+use common::kube::{ClientOptions, KubeClient};
+use guest_syncer::host_link::HostLink;
+use guest_syncer::syncer::{self, Options};
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Client, ResourceExt as _};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use test_apiserver::TestApiServer;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub mod wire;
+use wire::Wire;
+
+/// How long anything may take; a claim's whole way takes well under a second.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The name of our GuestCluster.
+pub const CLUSTER: &str = "blue";
+/// Its claim namespace on the host.
+pub const CLAIMS: &str = "claims-blue";
+pub const UUID: &str = "6f1c1c3e-0d3d-4d4b-9a57-8a3a0f4f6a01";
+
+/// One pair at a time: four API servers at once starve a small machine.
+static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+pub struct World {
+    pub guest: TestApiServer,
+    pub host: TestApiServer,
+    pub wire: Wire,
+    pub dir: tempfile::TempDir,
+    syncer: Option<(CancellationToken, JoinHandle<()>)>,
+    _one: tokio::sync::MutexGuard<'static, ()>,
+}
+
+fn repo(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+impl World {
+    /// Both servers with our CRDs, RBAC, the node `w1` and the GuestCluster; no
+    /// syncer yet.
+    pub async fn new() -> Self {
+        let one = ONE.lock().await;
+        let (guest, host) = tokio::join!(TestApiServer::start(), TestApiServer::start());
+        let (guest, host) = (guest.unwrap(), host.unwrap());
+        let crds = repo("manifests/vf-crds/templates");
+        let (a, b) = tokio::join!(guest.install_crds(&crds), host.install_crds(&crds));
+        a.unwrap();
+        b.unwrap();
+        let wire = Wire::to(host.url()).await;
+        let world = Self {
+            guest,
+            host,
+            wire,
+            dir: tempfile::tempdir().unwrap(),
+            syncer: None,
+            _one: one,
+        };
+        world.furnish().await;
+        world
+    }
+
+    async fn furnish(&self) {
+        let rules =
+            std::fs::read_to_string(repo("manifests/guest-syncer/files/rules.yaml")).unwrap();
+        let rules: Value = serde_saphyr::from_str(&rules).unwrap();
+        grant(&self.guest.admin(), "guest-syncer", rules, None).await;
+        let host = self.host.admin();
+        ensure_namespace(&host, CLAIMS).await;
+        ensure_namespace(&self.guest.admin(), "team").await;
+        let user = format!("{GUEST_USER_PREFIX}{CLUSTER}");
+        let claims = json!([{"apiGroups": ["sriov.harvesterhci.io"], "resources": ["vfclaims"],
+            "verbs": ["get", "list", "watch", "create", "patch", "delete"]}]);
+        grant(&host, &user, claims, Some(CLAIMS)).await;
+        let own = json!([{"apiGroups": ["sriov.harvesterhci.io"], "resources": ["guestclusters"],
+            "resourceNames": [CLUSTER], "verbs": ["get", "list", "watch"]}]);
+        grant(&host, &user, own, None).await;
+        self.make_guest_cluster().await;
+        self.make_node("w1", UUID).await;
+    }
+
+    pub async fn make_guest_cluster(&self) {
+        let found = json!({"metadata": {"name": CLUSTER},
+            "spec": {"claimNamespace": CLAIMS, "vmNamespace": "vms-blue", "classes": ["gold"]}});
+        let api: Api<GuestCluster> = Api::all(self.host.admin());
+        create(&api, found).await;
+    }
+
+    pub async fn make_node(&self, name: &str, uuid: &str) {
+        let api: Api<Node> = Api::all(self.guest.admin());
+        create(&api, json!({"metadata": {"name": name}})).await;
+        let status = json!({"status": {
+            "addresses": [{"type": "InternalIP", "address": "10.0.0.7"}],
+            "nodeInfo": {"machineID": "m", "systemUUID": uuid, "bootID": "b",
+                "kernelVersion": "k", "osImage": "o", "containerRuntimeVersion": "c",
+                "kubeletVersion": "v", "kubeProxyVersion": "", "operatingSystem": "linux",
+                "architecture": "amd64"}}});
+        api.patch_status(name, &PatchParams::default(), &Patch::Merge(status))
+            .await
+            .unwrap();
+    }
+
+    /// A file with the host kubeconfig of `user`, through the wire.
+    pub fn host_kubeconfig(&self, user: &str) -> PathBuf {
+        let text = self.host.kubeconfig_for(user, &[]).unwrap();
+        let text = text.replace(self.host.url(), &self.wire.url());
+        let path = self.dir.path().join("host.kubeconfig");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Starts the syncer with the certificate of this guest.
+    pub async fn start(&mut self) {
+        self.start_as(&format!("{GUEST_USER_PREFIX}{CLUSTER}"))
+            .await;
+    }
+
+    pub async fn start_as(&mut self, host_user: &str) {
+        let path = self.host_kubeconfig(host_user);
+        let options = ClientOptions {
+            kubeconfig: Some(path),
+            qps: 0.0,
+            burst: 1,
+            look: Duration::from_millis(100),
+        };
+        let host = KubeClient::new(&options).await.unwrap();
+        let guest = self.guest.client_for("guest-syncer", &[]).await.unwrap();
+        let options = Options {
+            guest_cluster: CLUSTER.to_owned(),
+            workers: 8,
+            timeout: Duration::from_secs(3),
+            retry_start: Duration::from_millis(200),
+            retry_max: Duration::from_secs(2),
+            identity: None,
+        };
+        let stop = CancellationToken::new();
+        let told = stop.clone();
+        let task = tokio::spawn(async move {
+            let uid = syncer::cluster_uid(&guest).await.unwrap();
+            let link = Arc::new(HostLink::new(host.client(), options.timeout));
+            syncer::run(guest, link, uid, &options, told).await.unwrap();
+            drop(host);
+        });
+        self.syncer = Some((stop, task));
+    }
+
+    pub async fn stop(&mut self) {
+        if let Some((stop, task)) = self.syncer.take() {
+            stop.cancel();
+            task.await.unwrap();
+        }
+    }
+
+    pub fn guest_claims(&self) -> Api<VFClaim> {
+        Api::namespaced(self.guest.admin(), "team")
+    }
+
+    pub fn host_claims(&self) -> Api<VFClaim> {
+        Api::namespaced(self.host.admin(), CLAIMS)
+    }
+
+    /// A tenant's claim for the node.
+    pub async fn claim(&self, name: &str, node: &str) -> VFClaim {
+        let claim = json!({"metadata": {"name": name}, "spec": {"className": "gold",
+            "nodeName": node, "network": {"vlan": {"id": 100, "qos": 3}}}});
+        create(&self.guest_claims(), claim).await
+    }
+
+    /// The copy of a guest's claim, once it is there.
+    pub async fn copy_of(&self, claim: &VFClaim) -> VFClaim {
+        let name = host_claim_name(&claim.uid().unwrap());
+        let api = self.host_claims();
+        eventually("the copy on the host", || async {
+            api.get_opt(&name).await.unwrap()
+        })
+        .await
+    }
+
+    /// The guest's claim once `condition` has this status and reason.
+    pub async fn says(&self, name: &str, type_: &str, status: &str, reason: &str) -> VFClaim {
+        let api = self.guest_claims();
+        let what = format!("{name}: {type_}={status} {reason}");
+        eventually(&what, || async {
+            let claim = api.get_opt(name).await.unwrap()?;
+            let conditions = claim.status.as_ref()?.conditions.clone();
+            let c = condition(&conditions, type_)?;
+            (c.status == status && c.reason == reason).then_some(claim)
+        })
+        .await
+    }
+
+    pub async fn gone(&self, name: &str) {
+        let api = self.guest_claims();
+        eventually(&format!("{name} gone"), || async {
+            api.get_opt(name).await.unwrap().is_none().then_some(())
+        })
+        .await;
+    }
+
+    /// Writes a copy's status as the host's programs would.
+    pub async fn host_says(&self, copy: &VFClaim, status: &VFClaimStatus) {
+        let patch = json!({ "status": status });
+        self.host_claims()
+            .patch_status(
+                &copy.name_any(),
+                &PatchParams::default(),
+                &Patch::Merge(patch),
+            )
+            .await
+            .unwrap();
+    }
+
+    /// A kind of the host's admission API.
+    pub fn admission(&self, kind: &str) -> Api<DynamicObject> {
+        let kind = GroupVersionKind::gvk("admissionregistration.k8s.io", "v1", kind);
+        let resource = match kind.kind.strip_suffix("Policy") {
+            Some(stem) => ApiResource::from_gvk_with_plural(
+                &kind,
+                &format!("{}policies", stem.to_lowercase()),
+            ),
+            None => ApiResource::from_gvk(&kind),
+        };
+        Api::all_with(self.host.admin(), &resource)
+    }
+
+    /// Waits until the host refuses a claim: policies take a moment to load.
+    pub async fn policy_in_force(&self) {
+        let api = self.host_claims();
+        let probe: VFClaim =
+            serde_json::from_value(json!({"apiVersion": "sriov.harvesterhci.io/v1alpha1",
+            "kind": "VFClaim", "metadata": {"name": "probe"}, "spec": {"nodeName": "x"}}))
+            .unwrap();
+        let dry = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        eventually("the policy", || async {
+            api.create(&dry, &probe).await.is_err().then_some(())
+        })
+        .await;
+    }
+
+    /// Event reasons on an object of the guest.
+    pub async fn events_on(&self, name: &str) -> Vec<String> {
+        let kind = GroupVersionKind::gvk("events.k8s.io", "v1", "Event");
+        let api: Api<DynamicObject> =
+            Api::all_with(self.guest.admin(), &ApiResource::from_gvk(&kind));
+        let events = api.list(&Default::default()).await.unwrap();
+        events
+            .iter()
+            .filter(|e| e.data["regarding"]["name"] == name)
+            .map(|e| e.data["reason"].as_str().unwrap_or_default().to_owned())
+            .collect()
+    }
+}
+
+pub async fn create<K>(api: &Api<K>, object: Value) -> K
+where
+    K: Clone + DeserializeOwned + serde::Serialize + std::fmt::Debug,
+{
+    let object: K = serde_json::from_value(object).unwrap();
+    api.create(&PostParams::default(), &object).await.unwrap()
+}
+
+/// kube-apiserver makes kube-system itself, a little after it is ready.
+async fn ensure_namespace(client: &Client, name: &str) {
+    let api: Api<Namespace> = Api::all(client.clone());
+    create(&api, json!({"metadata": {"name": name}})).await;
+    eventually("kube-system", || async {
+        api.get_opt("kube-system").await.unwrap()
+    })
+    .await;
+}
+
+async fn grant(client: &Client, user: &str, rules: Value, namespace: Option<&str>) {
+    let scope = if namespace.is_some() { "" } else { "Cluster" };
+    let name = user.replace(':', "-");
+    let subject = json!([{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}]);
+    let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1",
+        "metadata": {"name": name}, "rules": rules});
+    let binding = json!({"metadata": {"name": name}, "subjects": subject, "roleRef": {
+        "apiGroup": "rbac.authorization.k8s.io", "kind": format!("{scope}Role"), "name": name}});
+    for (kind, object) in [("Role", role), ("RoleBinding", binding)] {
+        let kind = format!("{scope}{kind}");
+        let gvk = GroupVersionKind::gvk("rbac.authorization.k8s.io", "v1", &kind);
+        let resource = ApiResource::from_gvk(&gvk);
+        let api: Api<DynamicObject> = match namespace {
+            Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+            None => Api::all_with(client.clone(), &resource),
+        };
+        create(&api, object).await;
+    }
+}
+
+/// Looks until there is something, and fails with what was waited for.
+pub async fn eventually<T, F, Fut>(what: &str, mut look: F) -> T
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Option<T>>,
+{
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+}
