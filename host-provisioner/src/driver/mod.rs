@@ -73,7 +73,8 @@ impl Capabilities {
     }
 
     /// The settings of a VF that nobody holds, as near to [`VfConfig::CLEAN`]
-    /// as the driver has them.
+    /// as the driver has them. A backend without `zero_mac` has to choose an
+    /// address in its own teardown.
     #[must_use]
     pub fn clean(&self) -> VfConfig {
         VfConfig {

@@ -70,10 +70,6 @@ impl Proc {
         self.root.join(pid.to_string()).join(name)
     }
 
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
-    }
-
     fn read(&self, pid: u32, name: &str) -> Result<String, LauncherError> {
         let path = self.file(pid, name);
         std::fs::read_to_string(&path).map_err(|source| LauncherError::Io { path, source })

@@ -6,6 +6,7 @@
 //! none of that PF's is in use (`sriov_numvfs` goes 0 -> N or N -> 0 only, and
 //! the kernel does not ask who uses them).
 
+mod claim;
 mod refusal;
 #[cfg(test)]
 mod tests;
@@ -13,30 +14,17 @@ mod view;
 
 use std::collections::BTreeMap;
 
-use common::api::{ClaimRef, GrantedNetwork, PfSelector, VfState};
+use common::api::{PfSelector, VfState};
 use common::pci::PciAddress;
 
 use crate::driver::Growth;
-use crate::kernel::{MacError, PfFacts, VFIO_PCI, VfConfig, VlanTag};
+use crate::kernel::{PfFacts, VFIO_PCI};
 
+pub use claim::{Holder, Wish, WishError, wanted_config};
 pub use refusal::{MacUser, NoChoice, Refusal};
 pub use view::{
-    ForeignReason, GroupConflict, GroupProbe, Holder, PfInput, PfView, VfView, groups_to_probe,
+    ForeignReason, GroupConflict, GroupProbe, PfInput, PfView, VfView, groups_to_probe,
 };
-
-/// What a claim was granted, as far as the choice of a VF goes.
-#[derive(Clone, Debug)]
-pub struct Wish {
-    pub claim: ClaimRef,
-    /// UID of the claim's VM.
-    pub vm_uid: String,
-    pub selector: PfSelector,
-    /// Labels of this node.
-    pub node_labels: BTreeMap<String, String>,
-    pub config: VfConfig,
-    /// The class's `numVFs`.
-    pub num_vfs: Option<u16>,
-}
 
 /// The VF for a claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,22 +37,6 @@ pub struct Choice {
     pub address: Option<PciAddress>,
     /// Make VFs first, so that there are this many.
     pub create: Option<u16>,
-}
-
-/// The granted settings in the kernel's terms.
-///
-/// # Errors
-/// [`MacError`] when the granted MAC is none.
-pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
-    Ok(VfConfig {
-        mac: granted.mac_address.parse()?,
-        vlan: granted.vlan.as_ref().map(|vlan| VlanTag {
-            id: vlan.id,
-            qos: vlan.qos.unwrap_or(0),
-        }),
-        spoof_check: granted.spoof_check,
-        trust: granted.trust,
-    })
 }
 
 /// Whether a class's selector takes this PF of a node with these labels.

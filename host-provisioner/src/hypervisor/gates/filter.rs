@@ -43,13 +43,7 @@ impl fmt::Debug for Instruction {
 
 impl Instruction {
     #[must_use]
-    pub const fn new(
-        code: u8,
-        destination: u8,
-        source: u8,
-        offset: i16,
-        immediate: i32,
-    ) -> Self {
+    pub const fn new(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Self {
         Self {
             code,
             destination,
@@ -82,7 +76,9 @@ impl Instruction {
 /// Why a program's meaning is not known.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum FilterError {
-    #[error("its instructions cannot be read; the kernel hides them when net.core.bpf_jit_harden is set")]
+    #[error(
+        "its instructions cannot be read; the kernel hides them when net.core.bpf_jit_harden is set"
+    )]
     Empty,
     #[error("it has {0} instructions, more than any device filter")]
     TooLong(usize),
@@ -279,6 +275,10 @@ impl Machine {
         if i.code == JA {
             return Ok(true);
         }
+        // Calls and returns share the class: said as what they are, whatever r0 holds.
+        if compare(i.code >> 4, 0, 0, 0, 0).is_none() {
+            return Err(unknown(at, i));
+        }
         let a = self.number(at, i.destination)?;
         let b = self.operand(at, i)?;
         let taken = if i.code & CLASS == JMP {
@@ -378,11 +378,11 @@ pub fn widen(program: &[Instruction], devices: &[Device]) -> Vec<Instruction> {
     let mut out = Vec::with_capacity(program.len() + devices.len() * 13);
     for device in devices {
         let rule = [
-            word(2, 0),                             // r2 = access_type
-            Instruction::new(0xbc, 3, 2, 0, 0),     // w3 = w2
+            word(2, 0),                         // r2 = access_type
+            Instruction::new(0xbc, 3, 2, 0, 0), // w3 = w2
             Instruction::new(0x54, 2, 0, 0, 0xffff),
             Instruction::new(0x55, 2, 0, 9, KIND_CHAR.cast_signed()), // not a char device
-            Instruction::new(0x74, 3, 0, 0, 16),    // w3 >>= 16: the accesses
+            Instruction::new(0x74, 3, 0, 0, 16),                      // w3 >>= 16: the accesses
             // Anything but reading and writing (mknod) is not ours to allow.
             Instruction::new(0x54, 3, 0, 0, !(ACCESS_READ | ACCESS_WRITE).cast_signed()),
             Instruction::new(0x55, 3, 0, 6, 0),

@@ -5,7 +5,14 @@
 //! Order is everything: what is about to be opened is in the journal, on disk, before it is
 //! opened (`journal`), so that whatever kills us, the next start closes it.
 
+pub mod bpf;
+pub mod cgroup;
+pub mod filter;
+pub mod host;
 pub mod journal;
+pub mod memlock;
+pub mod nodes;
+pub mod usage;
 
 use std::io;
 use std::path::PathBuf;

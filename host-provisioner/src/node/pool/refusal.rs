@@ -6,7 +6,8 @@ use common::pci::PciAddress;
 use crate::driver::Unsupported;
 use crate::kernel::MacAddr;
 
-use super::view::{GroupConflict, Holder};
+use super::claim::Holder;
+use super::view::GroupConflict;
 
 /// So many PFs or claims are named in a message before it says "and more".
 const MOST_NAMED: usize = 5;

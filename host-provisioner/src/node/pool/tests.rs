@@ -1,12 +1,13 @@
 //! Tables and properties of the pool.
 
 mod properties;
+mod refusals;
 
-use common::api::reason;
+use common::api::{ClaimRef, GrantedNetwork, VFClaim, reason};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
-use crate::kernel::{Kernel as _, MacAddr, VfFacts};
+use crate::kernel::{Kernel as _, MacAddr, VfConfig, VfFacts, VlanTag};
 
 pub(super) const PF1: &str = "0000:01:00.0";
 pub(super) const PF2: &str = "0000:02:00.0";
@@ -64,13 +65,13 @@ pub(super) fn input(pf: &str, vfs: u16) -> PfInput {
     }
 }
 
-fn on(vf: &mut VfFacts, driver: &str) -> u32 {
+pub(super) fn on(vf: &mut VfFacts, driver: &str) -> u32 {
     vf.driver = Some(driver.to_owned());
     vf.iommu_group.unwrap()
 }
 
 /// The reason and message of the refusal by one PF.
-fn refused(input: PfInput, wish: &Wish) -> (&'static str, String) {
+pub(super) fn refused(input: PfInput, wish: &Wish) -> (&'static str, String) {
     let error = choose(&[PfView::new(input)], wish).unwrap_err();
     (error.reason(), error.message())
 }
@@ -208,154 +209,6 @@ fn a_selector_takes_what_all_its_fields_say() {
 }
 
 #[test]
-fn no_matching_pf() {
-    let selector = PfSelector {
-        drivers: vec!["ixgbe".to_owned()],
-        ..PfSelector::default()
-    };
-    let wish = Wish {
-        selector,
-        ..wish("a")
-    };
-    let (why, words) = refused(input(PF1, 7), &wish);
-    assert_eq!(why, reason::NO_MATCHING_PF);
-    assert!(words.contains("none of the 1 SR-IOV devices"), "{words}");
-}
-
-#[test]
-fn not_managed() {
-    let mut pool = input(PF1, 7);
-    pool.managed = false;
-    let (why, words) = refused(pool, &wish("a"));
-    assert_eq!(why, reason::NOT_MANAGED);
-    assert!(words.contains("spec.managed to true"), "{words}");
-}
-
-#[test]
-fn the_nodes_own_pf_is_refused_though_it_is_managed() {
-    for vfs in [0, 7] {
-        let mut pool = input(PF1, vfs);
-        pool.facts.in_use_by_host = Some("default route via ens1f0".to_owned());
-        let (why, words) = refused(pool, &wish("a"));
-        assert_eq!(why, reason::IN_USE_BY_HOST);
-        assert!(words.contains("default route via ens1f0"), "{words}");
-    }
-}
-
-#[test]
-fn a_driver_without_a_backend_is_refused() {
-    for driver in [None, Some("bnxt_en".to_owned())] {
-        let mut pool = input(PF1, 7);
-        pool.facts.driver = driver;
-        assert_eq!(refused(pool, &wish("a")).0, reason::UNSUPPORTED_DRIVER);
-    }
-}
-
-#[test]
-fn a_setting_that_the_driver_does_not_have_is_refused() {
-    let mut view = PfView::new(input(PF1, 7));
-    view.capabilities.as_mut().unwrap().trust = false;
-    let mut wish = wish("a");
-    wish.config.trust = true;
-    let error = choose(&[view], &wish).unwrap_err();
-    assert_eq!(error.reason(), reason::UNSUPPORTED_SETTING);
-    assert!(error.message().contains("cannot set trust"), "{error:?}");
-}
-
-#[test]
-fn a_mac_in_use_on_the_pf_is_refused_and_another_pf_serves() {
-    let mut claimed = input(PF1, 7);
-    claimed.holders = vec![Holder {
-        mac: Some(mac(0xaa)),
-        ..holder("b", 3)
-    }];
-    let mut host = input(PF1, 7);
-    host.facts.mac = Some(mac(0xaa));
-    let mut burnt_in = input(PF1, 7);
-    burnt_in.facts.permanent_mac = Some(mac(0xaa));
-    let mut foreign = input(PF1, 7);
-    on(&mut foreign.vfs[4], "igbvf");
-    foreign.macs.insert(4, mac(0xaa));
-    for (pool, by) in [
-        (claimed.clone(), "guest-a/b"),
-        (host, "the host itself"),
-        (burnt_in, "the host itself"),
-        (foreign, "VF 4"),
-    ] {
-        let (why, words) = refused(pool, &wish("a"));
-        assert_eq!(why, reason::MAC_IN_USE);
-        assert!(words.contains("02:00:00:00:00:aa"), "{words}");
-        assert!(words.contains(by), "{words}");
-    }
-    let pfs = [PfView::new(claimed), PfView::new(input(PF2, 7))];
-    assert_eq!(
-        choose(&pfs, &wish("a")).unwrap().physical_function,
-        "node-2"
-    );
-}
-
-#[test]
-fn an_exhausted_pool_says_who_has_it_but_not_to_other_tenants() {
-    let mut pool = input(PF1, 7);
-    pool.holders = (0..6).map(|i| holder(&format!("c{i}"), i)).collect();
-    pool.holders[0].claim.namespace = "guest-b".to_owned();
-    on(&mut pool.vfs[6], "igbvf");
-    let error = choose(&[PfView::new(pool)], &wish("a")).unwrap_err();
-    assert_eq!(error.reason(), reason::NO_FREE_VF);
-    let words = error.message();
-    assert!(words.contains("7 of at most 7 exist"), "{words}");
-    assert!(words.contains("guest-a/c1"), "{words}");
-    assert!(words.contains("1 claim of another cluster"), "{words}");
-    assert!(words.contains("1 in use by something else"), "{words}");
-    assert!(!words.contains("guest-b"), "{words}");
-    assert!(!words.contains("c0"), "{words}");
-    let full = error.message_for_administrator();
-    assert!(full.contains("guest-b/c0"), "{full}");
-}
-
-#[test]
-fn a_busy_pool_that_could_be_larger_says_when() {
-    let mut pool = input(PF1, 1);
-    pool.holders = vec![holder("b", 0)];
-    let (why, words) = refused(pool, &wish("a"));
-    assert_eq!(why, reason::NO_FREE_VF);
-    assert!(
-        words.contains("only while none of them is in use"),
-        "{words}"
-    );
-}
-
-#[test]
-fn what_is_not_isolated_is_refused_before_and_after_vfs_are_made() {
-    let kernel = FakeKernel::new([igb_pf(PF1.parse().unwrap())]);
-    let pf = PF1.parse().unwrap();
-    kernel.without_isolation(pf);
-    for count in [0, 7] {
-        kernel.set_num_vfs(pf, count).unwrap();
-        let mut pool = input(PF1, 0);
-        pool.facts = kernel.physical_function(pf).unwrap();
-        pool.vfs = kernel.virtual_functions(pf).unwrap();
-        let (why, words) = refused(pool, &wish("a"));
-        assert_eq!(why, reason::NOT_ISOLATED, "{words}");
-        assert!(words.contains("0000:00:1c.0"), "{words}");
-    }
-}
-
-#[test]
-fn without_an_iommu_nothing_is_given() {
-    for count in [0, 7] {
-        let mut pool = input(PF1, count);
-        pool.facts.iommu_group = None;
-        for vf in &mut pool.vfs {
-            vf.iommu_group = None;
-        }
-        let (why, words) = refused(pool, &wish("a"));
-        assert_eq!(why, reason::NOT_ISOLATED);
-        assert!(words.contains("intel_iommu=on"), "{words}");
-    }
-}
-
-#[test]
 fn a_group_is_shared_within_one_vm_only() {
     let mut pool = input(PF1, 2);
     let group = pool.vfs[0].iommu_group;
@@ -427,19 +280,6 @@ fn a_backend_that_makes_single_vfs_grows_beside_used_ones() {
 }
 
 #[test]
-fn the_nearest_refusal_gives_the_reason_and_all_are_told() {
-    let mut unmanaged = input(PF1, 7);
-    unmanaged.managed = false;
-    let mut full = input(PF2, 1);
-    full.holders = vec![holder("b", 0)];
-    let error = choose(&[PfView::new(unmanaged), PfView::new(full)], &wish("a")).unwrap_err();
-    assert_eq!(error.reason(), reason::NO_FREE_VF);
-    let words = error.message();
-    assert!(words.starts_with("node-2 has no free VF"), "{words}");
-    assert!(words.contains("node-1 is not managed"), "{words}");
-}
-
-#[test]
 fn a_resize_is_applied_when_idle_and_waits_else() {
     let view = |edit: fn(&mut PfInput)| {
         let mut pool = input(PF1, 3);
@@ -493,4 +333,37 @@ fn granted_settings_become_the_kernels() {
         ..granted
     };
     assert!(wanted_config(&bad).is_err());
+}
+
+#[test]
+fn a_claim_speaks_by_its_grant_and_its_device() {
+    let text = r#"{"apiVersion":"sriov.harvesterhci.io/v1alpha1","kind":"VFClaim",
+        "metadata":{"name":"vfc-1","namespace":"guest-a","uid":"u1"},
+        "spec":{"className":"other","network":{"macAddress":"02:ff:ff:ff:ff:ff","trust":true}},
+        "status":{
+          "admitted":{"observedGeneration":1,"className":"fast","classUID":"c1","numVFs":4,
+            "pfSelector":{"drivers":["igb"]},
+            "network":{"macAddress":"02:00:00:00:00:aa","spoofCheck":true,"trust":false}},
+          "vm":{"namespace":"vms","name":"vm","uid":"vm-1"},
+          "hostNode":"node-a",
+          "device":{"nodeName":"node-a","physicalFunction":"node-a-1","vfIndex":3}}}"#;
+    let mut claim: VFClaim = serde_json::from_str(text).unwrap();
+    let wish = Wish::of(&claim, &BTreeMap::new()).unwrap();
+    assert_eq!((wish.config.mac, wish.config.trust), (mac(0xaa), false));
+    assert_eq!((wish.vm_uid.as_str(), wish.num_vfs), ("vm-1", Some(4)));
+    assert_eq!(wish.selector.drivers, ["igb"]);
+    let (pf, holder) = Holder::of(&claim).unwrap();
+    assert_eq!((pf.as_str(), holder.vf_index), ("node-a-1", 3));
+    assert_eq!((holder.mac, holder.attached), (Some(mac(0xaa)), false));
+    assert_eq!(holder.claim.uid, "u1");
+
+    let status = claim.status.as_mut().unwrap();
+    status.device = None;
+    status.vm = None;
+    assert_eq!(Holder::of(&claim), None);
+    let early = Wish::of(&claim, &BTreeMap::new());
+    assert_eq!(early.unwrap_err(), WishError::NoVm);
+    claim.status = None;
+    let early = Wish::of(&claim, &BTreeMap::new());
+    assert_eq!(early.unwrap_err(), WishError::NotAdmitted);
 }

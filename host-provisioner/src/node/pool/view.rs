@@ -3,25 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use common::api::{ClaimRef, VfCounts, VfState};
+use common::api::{VfCounts, VfState};
 use common::pci::PciAddress;
 
 use crate::driver::{Capabilities, driver_for};
 use crate::kernel::{MacAddr, PfFacts, VFIO_PCI, VfFacts};
 
-/// A claim that names a VF in `status.device`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {
-    pub claim: ClaimRef,
-    /// UID of the VM (`status.vm.uid`): an IOMMU group is shared within one VM only.
-    pub vm_uid: String,
-    /// Index of the VF on this PF.
-    pub vf_index: u16,
-    /// The MAC that was granted.
-    pub mac: Option<MacAddr>,
-    /// `status.attachment` is set.
-    pub attached: bool,
-}
+use super::claim::Holder;
 
 /// What opening `/dev/vfio/<group>` said.
 #[derive(Clone, Debug, PartialEq, Eq)]

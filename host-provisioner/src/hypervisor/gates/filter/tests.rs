@@ -64,7 +64,10 @@ fn what_is_no_plain_filter_is_refused_with_its_place() {
         matches!(allows(program, GROUP), Err(FilterError::Unknown { .. }))
     };
     assert!(unknown(&[i(0x85, 0, 0, 0, 1), end]), "call");
-    assert!(unknown(&[i(0x18, 1, 1, 0, 5), i(0, 0, 0, 0, 0), end]), "map");
+    assert!(
+        unknown(&[i(0x18, 1, 1, 0, 5), i(0, 0, 0, 0, 0), end]),
+        "map"
+    );
     assert!(unknown(&[i(0x7b, 1, 1, 0, 0), end]), "store");
     assert!(unknown(&[i(0x61, 2, 1, 12, 0), end]), "beyond the context");
     assert!(unknown(&[i(0x61, 2, 1, -1, 0), end]), "before the context");

@@ -1,0 +1,116 @@
+//! What a claim says to the pool. Pure.
+
+use std::collections::BTreeMap;
+
+use common::api::{ClaimRef, GrantedNetwork, PfSelector, VFClaim};
+use kube::Resource as _;
+use thiserror::Error;
+
+use crate::kernel::{MacAddr, MacError, VfConfig, VlanTag};
+
+/// A claim that names a VF in `status.device`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub claim: ClaimRef,
+    /// UID of the VM (`status.vm.uid`): an IOMMU group is shared within one VM
+    /// only. Empty when the claim names none, which is nobody's.
+    pub vm_uid: String,
+    /// Index of the VF on its PF.
+    pub vf_index: u16,
+    /// The MAC that was granted.
+    pub mac: Option<MacAddr>,
+    /// `status.attachment` is set.
+    pub attached: bool,
+}
+
+impl Holder {
+    /// The claim as the holder of a VF, with the name of the PF's object;
+    /// `None` when it holds none.
+    #[must_use]
+    pub fn of(claim: &VFClaim) -> Option<(String, Self)> {
+        let status = claim.status.as_ref()?;
+        let device = status.device.as_ref()?;
+        let mac = status.admitted.as_ref().map(|granted| &granted.network);
+        let holder = Self {
+            claim: reference(claim),
+            vm_uid: status
+                .vm
+                .as_ref()
+                .map_or_else(String::new, |vm| vm.uid.clone()),
+            vf_index: device.vf_index,
+            mac: mac.and_then(|network| network.mac_address.parse().ok()),
+            attached: status.attachment.is_some(),
+        };
+        Some((device.physical_function.clone(), holder))
+    }
+}
+
+/// What a claim was granted, as far as the choice of a VF goes.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub claim: ClaimRef,
+    /// UID of the claim's VM.
+    pub vm_uid: String,
+    pub selector: PfSelector,
+    /// Labels of this node.
+    pub node_labels: BTreeMap<String, String>,
+    pub config: VfConfig,
+    /// The class's `numVFs`.
+    pub num_vfs: Option<u16>,
+}
+
+/// Why a claim is not to be given a VF yet.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum WishError {
+    #[error("the claim is not admitted yet")]
+    NotAdmitted,
+    #[error("the claim's VM is not known yet")]
+    NoVm,
+    #[error("the grant cannot be read: {0}")]
+    Mac(#[from] MacError),
+}
+
+impl Wish {
+    /// What the claim was granted; never what it asked for.
+    ///
+    /// # Errors
+    /// While the controller has not admitted it or found its VM.
+    pub fn of(claim: &VFClaim, node_labels: &BTreeMap<String, String>) -> Result<Self, WishError> {
+        let status = claim.status.as_ref().ok_or(WishError::NotAdmitted)?;
+        let admitted = status.admitted.as_ref().ok_or(WishError::NotAdmitted)?;
+        let vm = status.vm.as_ref().ok_or(WishError::NoVm)?;
+        Ok(Self {
+            claim: reference(claim),
+            vm_uid: vm.uid.clone(),
+            selector: admitted.pf_selector.clone(),
+            node_labels: node_labels.clone(),
+            config: wanted_config(&admitted.network)?,
+            num_vfs: admitted.num_vfs,
+        })
+    }
+}
+
+/// The granted settings in the kernel's terms.
+///
+/// # Errors
+/// [`MacError`] when the granted MAC is none.
+pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
+    Ok(VfConfig {
+        mac: granted.mac_address.parse()?,
+        vlan: granted.vlan.as_ref().map(|vlan| VlanTag {
+            id: vlan.id,
+            qos: vlan.qos.unwrap_or(0),
+        }),
+        spoof_check: granted.spoof_check,
+        trust: granted.trust,
+    })
+}
+
+fn reference(claim: &VFClaim) -> ClaimRef {
+    let meta = claim.meta();
+    ClaimRef {
+        namespace: meta.namespace.clone().unwrap_or_default(),
+        name: meta.name.clone().unwrap_or_default(),
+        uid: meta.uid.clone().unwrap_or_default(),
+    }
+}
