@@ -1,5 +1,6 @@
 //! The command line: reads arguments, sets up what all commands need, calls one of them.
 
+mod demo;
 mod test;
 
 use std::ffi::OsString;
@@ -33,6 +34,12 @@ enum Verb {
     Down,
     /// Show what of the data centre runs
     Status,
+    /// Set up the data centre and show one claim's way up and back
+    Demo {
+        /// Leave all running and print how to reach both clusters
+        #[arg(long)]
+        keep: bool,
+    },
     /// Run all tests, or the scenarios whose name contains one of the words
     Test {
         /// Words of scenario names
@@ -78,6 +85,7 @@ impl Verb {
             Self::Up => "up",
             Self::Down => "down",
             Self::Status => "status",
+            Self::Demo { .. } => "demo",
             Self::Test { .. } => "test",
             Self::Machine => "machine",
             Self::Run { .. } => "run",
@@ -163,6 +171,10 @@ async fn run(verb: Verb) -> Result<()> {
             context::down(&Ctx::prepare(paths)?)
         }
         Verb::Status => status(paths).await,
+        Verb::Demo { keep } => {
+            let _one = cache::lock(&paths, "data-centre")?;
+            demo::run(paths, keep).await
+        }
         Verb::Test { list: true, .. } => {
             for s in scenarios::all() {
                 println!("{:<28} {}", s.name, s.shows);

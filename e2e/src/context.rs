@@ -6,7 +6,7 @@ use crate::clusters::{self, Cluster};
 use crate::docker::{self, Docker};
 use crate::paths::Paths;
 use crate::tools::{self, Tools};
-use crate::{node_image, progress};
+use crate::{deploy, machine, node_image, progress};
 
 /// Paths and programs.
 #[derive(Clone)]
@@ -37,12 +37,19 @@ impl DataCentre {
         let docker = docker::up(&ctx.paths, &ctx.tools)?;
         let image = node_image::ensure(&ctx.paths, &ctx.tools, &docker)?;
         let (host, guest) = clusters::up(&ctx.paths, &ctx.tools, &docker, &image).await?;
-        Ok(Self {
+        let dc = Self {
             ctx,
             docker,
             host,
             guest,
-        })
+        };
+        // Compiling takes about as long as booting does.
+        let paths = dc.ctx.paths.clone();
+        let images = tokio::task::spawn_blocking(move || deploy::build(&paths));
+        let (machines, images) = tokio::join!(machine::up(&dc), images);
+        machines?;
+        deploy::up(&dc, &images.context("building the images")??).await?;
+        Ok(dc)
     }
 
     /// The one that `up` left running.
@@ -70,7 +77,7 @@ pub fn down(ctx: &Ctx) -> Result<()> {
             wrong.push(e.context(name.to_owned()));
         }
     };
-    part("ending the machines", &|| crate::machine::down(&ctx.paths));
+    part("ending the machines", &|| machine::down(&ctx.paths));
     if let Some(docker) = Docker::find(&ctx.paths)? {
         part("deleting the clusters", &|| {
             clusters::down(&ctx.paths, &ctx.tools, &docker)

@@ -7,6 +7,7 @@ pub mod clusters;
 pub mod context;
 pub mod daemon;
 pub mod debian;
+pub mod demo;
 pub mod deploy;
 pub mod docker;
 pub mod exec;

@@ -12,20 +12,18 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::context::DataCentre;
-use crate::progress::{self, Step};
-use images::{Image, Images};
+use crate::machine;
+use crate::progress::Step;
+use images::Image;
+pub use images::{Images, build};
 
-/// What must be there before the machine joins: its VMs' namespace.
-pub async fn prepare(dc: &DataCentre) -> Result<()> {
-    tenant::host_namespaces(&dc.host).await
-}
-
-/// Builds, imports and installs both programs; returns when all their pods are ready.
-pub async fn up(dc: &DataCentre) -> Result<()> {
-    let images = images::build(&dc.ctx.paths)?;
-    progress::step("importing the images", |step| import(dc, &images, step))?;
+/// Imports and installs both programs; returns when all their pods are ready. L1 must
+/// have joined.
+pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
+    let step = Step::begin("importing the images");
+    import(dc, images, &step).await?;
+    step.done();
     let step = Step::begin("installing the host's charts");
-    tenant::host_namespaces(&dc.host).await?;
     release(dc, true, "vf-crds", &json!({}))?;
     tenant::guest_cluster(&dc.host).await?;
     release(
@@ -34,6 +32,7 @@ pub async fn up(dc: &DataCentre) -> Result<()> {
         "host-provisioner",
         &host_values(&images.host_provisioner),
     )?;
+    tenant::guest_is_ready(&dc.host).await?;
     step.done();
     let step = Step::begin("installing the guest's charts");
     release(dc, false, "vf-crds", &json!({}))?;
@@ -62,7 +61,7 @@ fn release(dc: &DataCentre, host: bool, chart: &str, values: &Value) -> Result<(
 
 /// Into the containerd of every node that runs it: a tag is a hash, so one that is there
 /// is the right one.
-fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
+async fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
     for (cluster, image) in [
         (&dc.host, &images.host_provisioner),
         (&dc.guest, &images.guest_syncer),
@@ -75,6 +74,13 @@ fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
         if !known.lines().any(|l| l == image.name()) {
             cluster.import_image(&image.archive)?;
         }
+    }
+    let l1 = machine::find(dc)?.l1().clone();
+    let image = &images.host_provisioner;
+    step.note(format!("{} into L1", image.name()));
+    let known = l1.ok("ctr -n k8s.io images ls -q").await?.text();
+    if !known.lines().any(|l| l == image.name()) {
+        l1.import_image(&image.archive).await?;
     }
     Ok(())
 }

@@ -1,8 +1,12 @@
 //! What administrators and the tenant set up besides the charts: namespaces, classes, the
 //! GuestCluster, and the guest's way into the host cluster. Everything may be done again.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
-use common::api::{DEFAULT_CLASS_ANNOTATION, GUEST_USER_PREFIX, GuestCluster, VFClass};
+use common::api::{
+    DEFAULT_CLASS_ANNOTATION, GUEST_USER_PREFIX, GuestCluster, VFClass, condition, type_,
+};
 use k8s_openapi::api::core::v1::{Namespace, Secret};
 use kube::api::{Patch, PatchParams};
 use kube::config::Kubeconfig;
@@ -18,16 +22,29 @@ use super::names::{
     TENANT_NAMESPACE, VM_NAMESPACE,
 };
 use crate::clusters::Cluster;
+use crate::wait::{self, Probe};
 
 /// The key of the kubeconfig in its Secret.
 pub const KUBECONFIG_KEY: &str = "kubeconfig";
 
-/// Namespaces of the host that must exist before the charts and the machine.
-pub async fn host_namespaces(host: &Cluster) -> Result<()> {
-    for name in [CLAIM_NAMESPACE, VM_NAMESPACE] {
-        namespace(&host.client(), name).await?;
-    }
-    Ok(())
+/// Waits until the controller has made what the guest needs.
+pub async fn guest_is_ready(host: &Cluster) -> Result<()> {
+    let api: Api<GuestCluster> = Api::all(host.client());
+    let what = format!("GuestCluster {GUEST_CLUSTER} to be Ready");
+    wait::until(
+        &what,
+        Duration::from_secs(60),
+        Duration::from_millis(500),
+        || async {
+            let status = api.get(GUEST_CLUSTER).await?.status.unwrap_or_default();
+            let ready = condition(&status.conditions, type_::READY).filter(|c| c.status == "True");
+            Ok(match ready {
+                Some(_) => Probe::Ready(()),
+                None => Probe::NotYet(format!("{:?}", status.conditions)),
+            })
+        },
+    )
+    .await
 }
 
 /// The administrator's word on classes and the guest. Needs the CRDs.
@@ -52,6 +69,7 @@ pub async fn guest_cluster(host: &Cluster) -> Result<()> {
     let spec = json!({
         "claimNamespace": CLAIM_NAMESPACE,
         "vmNamespace": VM_NAMESPACE,
+        "vmSelector": {"matchLabels": {"guest-cluster": GUEST_CLUSTER}},
         "classes": [CLASS, DEFAULT_CLASS],
     });
     apply(&guests, GUEST_CLUSTER, &json!({"spec": spec})).await

@@ -78,7 +78,9 @@ pub(super) fn vmi(vm: &Vm) -> Value {
             "resources": {"requests": {"memory": format!("{}Mi", vm.memory_mib)}},
             "devices": {
                 "disks": [{"name": "root", "disk": {"bus": "virtio"}}],
-                "interfaces": [{"name": "default", "masquerade": {}}],
+                // Not masqueraded: the address that the VMI reports is the guest's own, so
+                // that it can be compared with its node's.
+                "interfaces": [{"name": "default", "bridge": {}}],
             },
         }},
     })

@@ -4,6 +4,13 @@
 //! error that says what was seen.
 
 mod clusters;
+mod real;
+mod refusals;
+mod release;
+mod restarts;
+mod steps;
+pub mod support;
+mod traffic;
 
 use futures::future::BoxFuture;
 
@@ -22,11 +29,33 @@ pub struct Scenario {
     pub run: Run,
 }
 
+/// An entry of the registry for a body that works in a tidied laboratory.
+macro_rules! scenario {
+    ($name:literal, $shows:literal, $body:expr) => {
+        Scenario {
+            name: $name,
+            shows: $shows,
+            run: |dc| $crate::scenarios::support::run(dc, |lab| ($body)(lab).boxed()).boxed(),
+        }
+    };
+}
+use scenario;
+
 /// All scenarios in the order they run.
 #[must_use]
 pub fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
-    all.extend(clusters::scenarios());
+    for theme in [
+        clusters::scenarios,
+        real::scenarios,
+        steps::scenarios,
+        traffic::scenarios,
+        release::scenarios,
+        refusals::scenarios,
+        restarts::scenarios,
+    ] {
+        all.extend(theme());
+    }
     all
 }
 

@@ -1,0 +1,124 @@
+//! The project's own pods: found by their labels, and replaced the way a node drain or an
+//! upgrade would.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, ListParams};
+use kube::{Api, Client};
+
+use super::lab::Lab;
+use crate::deploy::names::SYSTEM;
+use crate::wait::{self, Probe};
+
+const LIMIT: Duration = Duration::from_secs(120);
+const EVERY: Duration = Duration::from_millis(300);
+
+/// A program of the project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Agent,
+    Controller,
+    Syncer,
+}
+
+impl Part {
+    pub const ALL: [Self; 3] = [Self::Agent, Self::Controller, Self::Syncer];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "node agent",
+            Self::Controller => "controller",
+            Self::Syncer => "guest-syncer",
+        }
+    }
+
+    fn selector(self) -> &'static str {
+        match self {
+            Self::Agent => {
+                "app.kubernetes.io/name=host-provisioner,app.kubernetes.io/component=node"
+            }
+            Self::Controller => {
+                "app.kubernetes.io/name=host-provisioner,app.kubernetes.io/component=controller"
+            }
+            Self::Syncer => "app.kubernetes.io/name=guest-syncer",
+        }
+    }
+
+    fn client(self, lab: &Lab<'_>) -> Client {
+        match self {
+            Self::Agent | Self::Controller => lab.host.clone(),
+            Self::Syncer => lab.guest.clone(),
+        }
+    }
+
+    fn api(self, lab: &Lab<'_>) -> Api<Pod> {
+        Api::namespaced(self.client(lab), SYSTEM)
+    }
+
+    /// Its pods, also those that are ending.
+    pub async fn pods(self, lab: &Lab<'_>) -> Result<Vec<Pod>> {
+        let list = ListParams::default().labels(self.selector());
+        let pods = self.api(lab).list(&list).await?.items;
+        if pods.is_empty() {
+            bail!("the {} has no pod ({})", self.name(), self.selector());
+        }
+        Ok(pods)
+    }
+
+    /// Deletes its pods; does not wait.
+    pub async fn delete(self, lab: &Lab<'_>) -> Result<Vec<String>> {
+        let mut old = Vec::new();
+        for pod in self.pods(lab).await? {
+            let name = pod.metadata.name.context("a pod without a name")?;
+            // At once: a crash, not a polite end.
+            let now = DeleteParams {
+                grace_period_seconds: Some(0),
+                ..DeleteParams::default()
+            };
+            self.api(lab).delete(&name, &now).await?;
+            old.extend(pod.metadata.uid);
+        }
+        Ok(old)
+    }
+
+    /// Waits until as many new pods are Ready as there were old ones, and those are gone.
+    pub async fn replaced(self, lab: &Lab<'_>, old: &[String]) -> Result<()> {
+        let what = format!("a new pod of the {}", self.name());
+        wait::until(&what, LIMIT, EVERY, || async {
+            let list = ListParams::default().labels(self.selector());
+            let pods = self.api(lab).list(&list).await?.items;
+            let stale = |p: &Pod| p.metadata.uid.as_ref().is_some_and(|u| old.contains(u));
+            let fresh = pods.iter().filter(|p| !stale(p) && ready(p)).count();
+            Ok(if fresh >= old.len() && !pods.iter().any(stale) {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(pods.iter().map(describe).collect::<Vec<_>>().join(", "))
+            })
+        })
+        .await
+    }
+
+    /// Both.
+    pub async fn restart(self, lab: &Lab<'_>) -> Result<()> {
+        let old = self.delete(lab).await?;
+        self.replaced(lab, &old).await
+    }
+}
+
+fn ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+fn describe(pod: &Pod) -> String {
+    let name = pod.metadata.name.as_deref().unwrap_or("?");
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.phase.as_deref())
+        .unwrap_or("?");
+    format!("{name} {phase} ready={}", ready(pod))
+}
