@@ -1,7 +1,7 @@
 //! The command line of `host-provisioner`. No work is done here.
 
-use clap::{Args, Parser, Subcommand};
 use crate::node::NodeArgs;
+use clap::{Args, Parser, Subcommand};
 use common::cli::{HttpArgs, KubeArgs, LeaderElectionArgs, LogArgs, RetryArgs};
 
 /// Puts SR-IOV virtual functions into the running VMs of guest clusters.

@@ -74,22 +74,17 @@ pub(super) async fn reconcile(
             .warning(&on, "Prepare", reason, message)
             .await;
     }
-    Ok(())
+    Ok(RESYNC)
 }
 
 /// Makes namespace and rights, unless that was seen done a short time ago.
 async fn ensure(
     controller: &Controller,
     cluster: &GuestCluster,
+    version: Version,
 ) -> Result<Result<(), Refusal>, ReconcileError> {
-    let key = (
-        cluster.uid().unwrap_or_default(),
-        cluster.metadata.generation,
-    );
-    if controller
-        .ensured(&key)
-        .is_some_and(|at| at.elapsed() < TRUST)
-    {
+    let trusted = |since: Duration| since < TRUST;
+    if controller.ensured.elapsed(&version).is_some_and(trusted) {
         return Ok(Ok(()));
     }
     let made = make(

@@ -38,7 +38,10 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
     // The ledger's lock is not held while the kernel is asked.
     let known: BTreeMap<String, Vec<Holder>> = {
         let ledger = agent.ledger.lock();
-        ledger.functions().map(|name| (name.to_owned(), holders(&ledger, name))).collect()
+        ledger
+            .functions()
+            .map(|name| (name.to_owned(), holders(&ledger, name)))
+            .collect()
     };
     vf::blocking(&agent.kernel, move |kernel| {
         let found = inventory::inventory(&node, &kernel.physical_functions()?);
@@ -79,7 +82,13 @@ fn one(
             macs.insert(vf.index, kernel.vf_config(&facts, vf.index)?.mac);
         }
     }
-    Ok(PfSnapshot { name, facts, vfs, probes, macs })
+    Ok(PfSnapshot {
+        name,
+        facts,
+        vfs,
+        probes,
+        macs,
+    })
 }
 
 /// The claims on a PF, from the ledger.
@@ -103,8 +112,9 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
     snapshots
         .iter()
         .map(|snapshot| {
-            let object =
-                objects.iter().find(|o| o.metadata.name.as_deref() == Some(&*snapshot.name));
+            let object = objects
+                .iter()
+                .find(|o| o.metadata.name.as_deref() == Some(&*snapshot.name));
             PfView::new(PfInput {
                 name: snapshot.name.clone(),
                 facts: snapshot.facts.clone(),
@@ -129,11 +139,19 @@ async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
         BTreeMap::new()
     } else {
         let nodes: Api<Node> = Api::all(agent.client.clone());
-        nodes.get(&agent.node_name).await?.metadata.labels.unwrap_or_default()
+        nodes
+            .get(&agent.node_name)
+            .await?
+            .metadata
+            .labels
+            .unwrap_or_default()
     };
     Ok(Wish {
         claim: claim_ref(claim),
-        vm_uid: status.and_then(|s| s.vm.as_ref()).map(|vm| vm.uid.clone()).unwrap_or_default(),
+        vm_uid: status
+            .and_then(|s| s.vm.as_ref())
+            .map(|vm| vm.uid.clone())
+            .unwrap_or_default(),
         selector: admitted.pf_selector.clone(),
         node_labels,
         config: wanted_config(&admitted.network).map_err(VfError::from)?,
@@ -160,8 +178,16 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
         Ok(choice) => choice,
         Err(none) => {
             let detail = none.message_for_administrator();
-            tracing::info!(claim = claim.metadata.name, reason = none.reason(), detail, "no VF");
-            return Ok(Err(Wait { reason: none.reason(), message: none.message() }));
+            tracing::info!(
+                claim = claim.metadata.name,
+                reason = none.reason(),
+                detail,
+                "no VF"
+            );
+            return Ok(Err(Wait {
+                reason: none.reason(),
+                message: none.message(),
+            }));
         }
     };
     let device = DeviceStatus {
@@ -179,7 +205,13 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
         vf = device.vf_index,
         "allocated"
     );
-    Ok(Ok(status::decide(api, claim, MANAGER, &json!({"device": device})).await?))
+    Ok(Ok(status::decide(
+        api,
+        claim,
+        MANAGER,
+        &json!({"device": device}),
+    )
+    .await?))
 }
 
 fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {
@@ -237,9 +269,11 @@ pub async fn creation(agent: &Agent, claim: &VFClaim) -> StepResult<Option<(PfFa
         }));
     }
     match choose(&views, &wish) {
-        Ok(Choice { create: Some(count), physical_function, .. }) if physical_function == name => {
-            Ok(Ok(Some((facts, count))))
-        }
+        Ok(Choice {
+            create: Some(count),
+            physical_function,
+            ..
+        }) if physical_function == name => Ok(Ok(Some((facts, count)))),
         Ok(_) => Ok(Err(Wait {
             reason: reason::NO_FREE_VF,
             message: format!(
@@ -247,6 +281,9 @@ pub async fn creation(agent: &Agent, claim: &VFClaim) -> StepResult<Option<(PfFa
                 facts.num_vfs
             ),
         })),
-        Err(none) => Ok(Err(Wait { reason: none.reason(), message: none.message() })),
+        Err(none) => Ok(Err(Wait {
+            reason: none.reason(),
+            message: none.message(),
+        })),
     }
 }

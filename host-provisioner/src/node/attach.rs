@@ -75,23 +75,34 @@ pub async fn record(
 fn refusal(why: &crate::hypervisor::plan::Unsupported) -> Wait {
     match qemu::unsupported(why) {
         Qemu::Unsupported { reason, message } => Wait { reason, message },
-        Qemu::Gone | Qemu::Running(_) => {
-            Wait { reason: reason::UNSUPPORTED_VM, message: why.to_string() }
-        }
+        Qemu::Gone | Qemu::Running(_) => Wait {
+            reason: reason::UNSUPPORTED_VM,
+            message: why.to_string(),
+        },
     }
 }
 
 /// Opens the gates, adds the device, closes the gates. The caller has the VM's
 /// turn, and the claim records the attachment.
 pub async fn plug(agent: &Agent, claim: &VFClaim, vm: &Vm) -> StepResult<()> {
-    let Recorded { attachment, host, group } = recorded(claim)?;
+    let Recorded {
+        attachment,
+        host,
+        group,
+    } = recorded(claim)?;
     let machine = vm.session.machine().await.map_err(VmError::from)?;
     let present = u32::try_from(machine.vfio_devices().count()).unwrap_or(u32::MAX);
     let process = vm.process.clone();
     let guest = machine.memory;
-    let facts = gates(agent, move |gates| gates.memory_facts(&process, guest, present)).await?;
+    let facts = gates(agent, move |gates| {
+        gates.memory_facts(&process, guest, present)
+    })
+    .await?;
     if let Err(why) = memory::check(&facts) {
-        return Ok(Err(Wait { reason: reason::INSUFFICIENT_MEMORY, message: why.to_string() }));
+        return Ok(Err(Wait {
+            reason: reason::INSUFFICIENT_MEMORY,
+            message: why.to_string(),
+        }));
     }
     let process = vm.process.clone();
     let viommu = machine.viommu.is_some();
@@ -106,7 +117,10 @@ pub async fn plug(agent: &Agent, claim: &VFClaim, vm: &Vm) -> StepResult<()> {
             let timeout = memory::attach_timeout(memory::not_yet_resident(&facts), guest);
             let id = &attachment.qemu_device_id;
             tracing::info!(id, %host, port = attachment.port, "device_add");
-            let added = vm.session.device_add(id, host, &attachment.port, timeout).await;
+            let added = vm
+                .session
+                .device_add(id, host, &attachment.port, timeout)
+                .await;
             settle(vm, id, added).await
         }
         Err(error) => Err(error),
@@ -125,11 +139,7 @@ pub async fn plug(agent: &Agent, claim: &VFClaim, vm: &Vm) -> StepResult<()> {
 }
 
 /// A `device_add` whose outcome is unknown is looked up, never repeated blindly.
-async fn settle(
-    vm: &Vm,
-    id: &str,
-    added: Result<(), HypervisorError>,
-) -> Result<(), VmError> {
+async fn settle(vm: &Vm, id: &str, added: Result<(), HypervisorError>) -> Result<(), VmError> {
     match added {
         Ok(()) => Ok(()),
         Err(error) if error.outcome_unknown() => match vm.session.guest_view(id).await? {
@@ -145,8 +155,11 @@ pub async fn await_guest(claim: &VFClaim, vm: &Vm) -> StepResult<String> {
     let Recorded { attachment, .. } = recorded(claim)?;
     let deadline = Instant::now() + GUEST_CONFIGURES;
     loop {
-        let view =
-            vm.session.guest_view(&attachment.qemu_device_id).await.map_err(VmError::from)?;
+        let view = vm
+            .session
+            .guest_view(&attachment.qemu_device_id)
+            .await
+            .map_err(VmError::from)?;
         match view {
             GuestView::Configured { address } => return Ok(Ok(address.to_string())),
             GuestView::Absent => {
@@ -183,11 +196,21 @@ pub fn recorded(claim: &VFClaim) -> Result<Recorded<'_>, ReconcileError> {
     let (Some(attachment), Some(device)) = (attachment, device) else {
         return Err(ReconcileError::Incomplete("status.attachment"));
     };
-    let address =
-        device.pci_address.as_deref().ok_or(ReconcileError::Incomplete("device.pciAddress"))?;
-    let host = address.parse().map_err(|_| ReconcileError::Incomplete("device.pciAddress"))?;
-    let group = device.iommu_group.ok_or(ReconcileError::Incomplete("device.iommuGroup"))?;
-    Ok(Recorded { attachment, host, group })
+    let address = device
+        .pci_address
+        .as_deref()
+        .ok_or(ReconcileError::Incomplete("device.pciAddress"))?;
+    let host = address
+        .parse()
+        .map_err(|_| ReconcileError::Incomplete("device.pciAddress"))?;
+    let group = device
+        .iommu_group
+        .ok_or(ReconcileError::Incomplete("device.iommuGroup"))?;
+    Ok(Recorded {
+        attachment,
+        host,
+        group,
+    })
 }
 
 /// Runs blocking gate work off the async threads.

@@ -80,8 +80,16 @@ impl Ledger {
                 .as_ref()
                 .map(|a| a.network.mac_address.to_ascii_lowercase())
                 .unwrap_or_default(),
-            vm_uid: status.vm.as_ref().map(|vm| vm.uid.clone()).unwrap_or_default(),
-            pod_uid: status.launcher.as_ref().map(|l| l.pod_uid.clone()).unwrap_or_default(),
+            vm_uid: status
+                .vm
+                .as_ref()
+                .map(|vm| vm.uid.clone())
+                .unwrap_or_default(),
+            pod_uid: status
+                .launcher
+                .as_ref()
+                .map(|l| l.pod_uid.clone())
+                .unwrap_or_default(),
             port: status.attachment.as_ref().map(|a| a.port.clone()),
             unanswered: None,
         })
@@ -90,7 +98,9 @@ impl Ledger {
     /// Enters what the API server says of a claim, or takes it out when the
     /// claim has no device. The claim must come from a consistent read.
     pub fn observe(&mut self, claim: &VFClaim) -> Result<(), Doubled> {
-        let Some(uid) = claim.metadata.uid.as_deref() else { return Ok(()) };
+        let Some(uid) = claim.metadata.uid.as_deref() else {
+            return Ok(());
+        };
         match Self::entry_of(claim) {
             None => {
                 let may_land = self.entries.get(uid).is_some_and(|entry| {
@@ -141,14 +151,19 @@ impl Ledger {
 
     /// The PFs that claims name.
     pub fn functions(&self) -> impl Iterator<Item = &str> {
-        let names: BTreeSet<&str> =
-            self.entries.values().map(|e| e.vf.physical_function.as_str()).collect();
+        let names: BTreeSet<&str> = self
+            .entries
+            .values()
+            .map(|e| e.vf.physical_function.as_str())
+            .collect();
         names.into_iter()
     }
 
     /// All entries of one PF.
     pub fn on<'a>(&'a self, physical_function: &'a str) -> impl Iterator<Item = &'a Entry> {
-        self.entries.values().filter(move |e| e.vf.physical_function == physical_function)
+        self.entries
+            .values()
+            .filter(move |e| e.vf.physical_function == physical_function)
     }
 
     /// Other claims with a recorded attachment in the same launcher.
@@ -191,8 +206,15 @@ mod tests {
 
     fn entry(uid: &str, index: u16) -> Entry {
         Entry {
-            vf: VfKey { physical_function: "n-1".into(), index },
-            claim: ClaimRef { namespace: "ns".into(), name: uid.into(), uid: uid.into() },
+            vf: VfKey {
+                physical_function: "n-1".into(),
+                index,
+            },
+            claim: ClaimRef {
+                namespace: "ns".into(),
+                name: uid.into(),
+                uid: uid.into(),
+            },
             mac_address: String::new(),
             vm_uid: "vm".into(),
             pod_uid: "pod".into(),
@@ -216,7 +238,12 @@ mod tests {
     #[test]
     fn a_write_that_may_still_land_keeps_its_vf() {
         let mut ledger = Ledger::default();
-        ledger.enter(Entry { unanswered: Some("7".into()), ..entry("a", 0) }).unwrap();
+        ledger
+            .enter(Entry {
+                unanswered: Some("7".into()),
+                ..entry("a", 0)
+            })
+            .unwrap();
         let mut claim = VFClaim::default();
         claim.metadata.uid = Some("a".into());
         claim.metadata.resource_version = Some("7".into());
@@ -231,7 +258,12 @@ mod tests {
     fn others_in_the_same_launcher_are_counted_when_attached() {
         let mut ledger = Ledger::default();
         ledger.enter(entry("a", 0)).unwrap();
-        ledger.enter(Entry { port: Some("rp9".into()), ..entry("b", 1) }).unwrap();
+        ledger
+            .enter(Entry {
+                port: Some("rp9".into()),
+                ..entry("b", 1)
+            })
+            .unwrap();
         assert_eq!(ledger.others_attached_in("pod", "a"), 1);
         assert_eq!(ledger.others_attached_in("pod", "b"), 0);
         assert_eq!(ledger.ports_in("pod", "a"), ["rp9"]);

@@ -15,7 +15,10 @@ pub enum LockError {
     )]
     Held { path: PathBuf },
     #[error("cannot lock {path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
 }
 
 /// The lock; the kernel lets go of it when the process ends, however it ends.
@@ -27,16 +30,25 @@ pub struct AgentLock {
 impl AgentLock {
     /// Takes the lock at `path`, or says who cannot have it. Does not wait.
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
-        let io = |source| LockError::Io { path: path.to_owned(), source };
+        let io = |source| LockError::Io {
+            path: path.to_owned(),
+            source,
+        };
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(io)?;
         }
-        let mut file =
-            OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(io)?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)
+            .map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(LockError::Held { path: path.to_owned() });
+                return Err(LockError::Held {
+                    path: path.to_owned(),
+                });
             }
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
@@ -56,7 +68,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run/agent.lock");
         let first = AgentLock::acquire(&path).unwrap();
-        assert!(matches!(AgentLock::acquire(&path), Err(LockError::Held { .. })));
+        assert!(matches!(
+            AgentLock::acquire(&path),
+            Err(LockError::Held { .. })
+        ));
         drop(first);
         AgentLock::acquire(&path).unwrap();
     }

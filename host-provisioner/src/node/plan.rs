@@ -63,7 +63,10 @@ pub enum Qemu {
     /// No such process: another boot, the pod is gone, or QEMU ended.
     Gone,
     /// It runs, but a VF must not be plugged into it.
-    Unsupported { reason: &'static str, message: String },
+    Unsupported {
+        reason: &'static str,
+        message: String,
+    },
     Running(InQemu),
 }
 
@@ -99,7 +102,9 @@ pub enum Step {
     /// Wait for the guest to configure the device.
     AwaitGuest,
     /// Report the attached device.
-    ReportAttached { guest_address: String },
+    ReportAttached {
+        guest_address: String,
+    },
     /// The QEMU of the attachment is gone: clear it and begin again.
     ForgetAttachment,
     /// `device_del` and wait for DEVICE_DELETED.
@@ -115,13 +120,20 @@ pub enum Step {
 }
 
 fn wait(reason: &'static str, message: impl Into<String>) -> Step {
-    Step::Wait(Wait { reason, message: message.into() })
+    Step::Wait(Wait {
+        reason,
+        message: message.into(),
+    })
 }
 
 /// The next step for a claim.
 #[must_use]
 pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
-    if claim.deleting { release(claim, seen) } else { attach(claim, seen) }
+    if claim.deleting {
+        release(claim, seen)
+    } else {
+        attach(claim, seen)
+    }
 }
 
 fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
@@ -139,13 +151,17 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         }
         return match &seen.qemu {
             Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-            Some(Qemu::Running(InQemu::Configured(address))) => {
-                Step::ReportAttached { guest_address: address.clone() }
-            }
+            Some(Qemu::Running(InQemu::Configured(address))) => Step::ReportAttached {
+                guest_address: address.clone(),
+            },
             _ => Step::LookAtVf,
         };
     };
-    if claim.attachment { attach_recorded(vf, seen) } else { attach_new(vf, seen) }
+    if claim.attachment {
+        attach_recorded(vf, seen)
+    } else {
+        attach_new(vf, seen)
+    }
 }
 
 /// The way up to the recorded attachment: nothing of QEMU's is touched yet.
@@ -198,9 +214,9 @@ fn attach_recorded(vf: &VfSeen, seen: &Seen) -> Step {
         Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
         Some(Qemu::Running(InQemu::Absent)) => make_ready(vf).unwrap_or(Step::Plug),
         Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-        Some(Qemu::Running(InQemu::Configured(address))) => {
-            Step::ReportAttached { guest_address: address.clone() }
-        }
+        Some(Qemu::Running(InQemu::Configured(address))) => Step::ReportAttached {
+            guest_address: address.clone(),
+        },
     }
 }
 
@@ -218,7 +234,9 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
             Some(Qemu::Gone | Qemu::Running(InQemu::Absent)) => {}
         }
     }
-    let Some(vf) = &seen.vf else { return Step::LookAtVf };
+    let Some(vf) = &seen.vf else {
+        return Step::LookAtVf;
+    };
     match &vf.vf {
         Vf::VfioHeld if claim.attachment => wait(
             reason::UNPLUG_PENDING,
@@ -237,11 +255,20 @@ mod tests {
     use super::*;
 
     fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
-        ClaimFacts { deleting, bound: true, device, attachment }
+        ClaimFacts {
+            deleting,
+            bound: true,
+            device,
+            attachment,
+        }
     }
 
     fn vf(vf: Vf, configured: bool, clean: bool) -> Option<VfSeen> {
-        Some(VfSeen { vf, configured, clean })
+        Some(VfSeen {
+            vf,
+            configured,
+            clean,
+        })
     }
 
     #[test]
@@ -254,23 +281,37 @@ mod tests {
         seen.vf = vf(Vf::Driverless, false, true);
         assert_eq!(next_step(claim(false, true, false), &seen), Step::Prepare);
         seen.vf = vf(Vf::VfioFree, true, false);
-        assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtQemu);
+        assert_eq!(
+            next_step(claim(false, true, false), &seen),
+            Step::LookAtQemu
+        );
         seen.qemu = Some(Qemu::Running(InQemu::Absent));
-        assert_eq!(next_step(claim(false, true, false), &seen), Step::RecordAttachment);
+        assert_eq!(
+            next_step(claim(false, true, false), &seen),
+            Step::RecordAttachment
+        );
         assert_eq!(next_step(claim(false, true, true), &seen), Step::Plug);
         seen.qemu = Some(Qemu::Running(InQemu::Plugged));
         assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
         seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
         assert_eq!(
             next_step(claim(false, true, true), &seen),
-            Step::ReportAttached { guest_address: "0000:05:00.0".into() }
+            Step::ReportAttached {
+                guest_address: "0000:05:00.0".into()
+            }
         );
     }
 
     #[test]
     fn an_attached_claim_is_judged_by_qemu_before_its_group_is_probed() {
-        assert_eq!(next_step(claim(false, true, true), &Seen::default()), Step::LookAtQemu);
-        let seen = Seen { qemu: Some(Qemu::Running(InQemu::Plugged)), vf: None };
+        assert_eq!(
+            next_step(claim(false, true, true), &Seen::default()),
+            Step::LookAtQemu
+        );
+        let seen = Seen {
+            qemu: Some(Qemu::Running(InQemu::Plugged)),
+            vf: None,
+        };
         assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
     }
 
@@ -285,7 +326,10 @@ mod tests {
         }
         seen.qemu = Some(Qemu::Running(InQemu::Absent));
         seen.vf = vf(Vf::VfioHeld, true, false);
-        assert!(matches!(next_step(claim(true, true, true), &seen), Step::Wait(_)));
+        assert!(matches!(
+            next_step(claim(true, true, true), &seen),
+            Step::Wait(_)
+        ));
         seen.vf = vf(Vf::VfioFree, true, false);
         assert_eq!(next_step(claim(true, true, true), &seen), Step::Clean);
         seen.vf = vf(Vf::Driverless, false, true);
@@ -296,15 +340,29 @@ mod tests {
     #[test]
     fn what_somebody_else_has_is_never_cleaned() {
         for foreign in [Vf::VfioHeld, Vf::OtherDriver("igbvf".into())] {
-            let seen = Seen { vf: vf(foreign.clone(), false, false), qemu: None };
-            assert_eq!(next_step(claim(true, true, false), &seen), Step::ClearDevice);
-            assert!(matches!(next_step(claim(false, true, false), &seen), Step::Wait(_)));
+            let seen = Seen {
+                vf: vf(foreign.clone(), false, false),
+                qemu: None,
+            };
+            assert_eq!(
+                next_step(claim(true, true, false), &seen),
+                Step::ClearDevice
+            );
+            assert!(matches!(
+                next_step(claim(false, true, false), &seen),
+                Step::Wait(_)
+            ));
         }
     }
 
     #[test]
     fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
-        let facts = ClaimFacts { deleting: false, bound: false, device: false, attachment: false };
+        let facts = ClaimFacts {
+            deleting: false,
+            bound: false,
+            device: false,
+            attachment: false,
+        };
         assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
     }
 }

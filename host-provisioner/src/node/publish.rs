@@ -64,7 +64,11 @@ pub async fn publish(agent: &Agent) -> Result<(), ReconcileError> {
         function(agent, &api, view).await?;
     }
     let objects = agent.functions.state();
-    let gone = objects.iter().filter(|o| !views.iter().any(|v| o.metadata.name.as_ref() == Some(&v.name)));
+    let gone = objects.iter().filter(|o| {
+        !views
+            .iter()
+            .any(|v| o.metadata.name.as_ref() == Some(&v.name))
+    });
     for object in gone {
         let last = object.status.clone().unwrap_or_default();
         let status = inventory::absent_status(&last, object.metadata.generation, &now());
@@ -108,10 +112,12 @@ async fn function(
         );
         return Ok(());
     }
-    let conditions =
-        object.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
-    let status =
-        inventory::function_status(view, &conditions, object.metadata.generation, &now());
+    let conditions = object
+        .status
+        .as_ref()
+        .map(|s| s.conditions.clone())
+        .unwrap_or_default();
+    let status = inventory::function_status(view, &conditions, object.metadata.generation, &now());
     if object.status.as_ref() == Some(&status) {
         return Ok(());
     }
@@ -125,7 +131,10 @@ async fn node(
 ) -> Result<(), ReconcileError> {
     let facts = vf::blocking(&agent.kernel, |kernel| Ok(kernel.node_facts()?)).await?;
     let found = inventory::Inventory {
-        functions: snapshots.iter().map(|s| (s.name.clone(), s.facts.clone())).collect(),
+        functions: snapshots
+            .iter()
+            .map(|s| (s.name.clone(), s.facts.clone()))
+            .collect(),
         ambiguous,
     };
     let api: Api<SriovNode> = Api::all(agent.client.clone());
@@ -136,8 +145,11 @@ async fn node(
             api.create(&PostParams::default(), &new).await?
         }
     };
-    let conditions =
-        object.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
+    let conditions = object
+        .status
+        .as_ref()
+        .map(|s| s.conditions.clone())
+        .unwrap_or_default();
     let version = env!("CARGO_PKG_VERSION");
     let status = inventory::node_status(&facts, &found, version, &conditions, &now());
     if object.status.as_ref() == Some(&status) {
@@ -163,7 +175,8 @@ where
         "status": status,
     });
     let params = PatchParams::apply(MANAGER).force();
-    api.patch_status(name, &params, &Patch::Apply(patch)).await?;
+    api.patch_status(name, &params, &Patch::Apply(patch))
+        .await?;
     Ok(())
 }
 

@@ -107,7 +107,10 @@ pub fn unsupported(why: &Unsupported) -> Qemu {
         Unsupported::NotRunning(_) => reason::VM_NOT_RUNNING,
         _ => reason::UNSUPPORTED_VM,
     };
-    Qemu::Unsupported { reason, message: why.to_string() }
+    Qemu::Unsupported {
+        reason,
+        message: why.to_string(),
+    }
 }
 
 /// Chooses a port, leaving those that other claims have recorded but not used yet.

@@ -15,8 +15,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::agent::{Agent, MANAGER};
 use super::ledger::Doubled;
-use super::pool::wanted_config;
 use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
+use super::pool::wanted_config;
 use super::qemu::{self, Vm, VmError};
 use super::report::{OWN, Outcome, conditions, waits_for};
 use super::vf::{self, VfError};
@@ -63,7 +63,9 @@ impl ReconcileError {
 /// Reconciles a claim; never fails: what goes wrong is reported on the claim
 /// and tried again.
 pub async fn reconcile(cached: Arc<VFClaim>, agent: Arc<Agent>) -> Action {
-    let Some(uid) = cached.metadata.uid.clone() else { return Action::await_change() };
+    let Some(uid) = cached.metadata.uid.clone() else {
+        return Action::await_change();
+    };
     let mut walk = match fetch(&agent, &cached).await {
         Ok(Some(walk)) => walk,
         Ok(None) => return Action::await_change(),
@@ -109,7 +111,9 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
     let uid = cached.metadata.uid.as_deref().unwrap_or_default();
     let namespace = cached.metadata.namespace.as_deref().unwrap_or_default();
     let api: Api<VFClaim> = Api::namespaced(agent.client.clone(), namespace);
-    let claim = api.get_opt(cached.metadata.name.as_deref().unwrap_or_default()).await?;
+    let claim = api
+        .get_opt(cached.metadata.name.as_deref().unwrap_or_default())
+        .await?;
     let Some(claim) = claim.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
         // A positive answer: that UID is gone.
         agent.ledger.lock().forget(uid);
@@ -197,7 +201,12 @@ impl Walk {
     /// Does one step; an end when there is nothing more to do now.
     async fn apply(&mut self, step: &Step) -> Result<Option<End>, ReconcileError> {
         match step {
-            Step::Rest => return Ok(Some(End { outcome: None, next: Action::await_change() })),
+            Step::Rest => {
+                return Ok(Some(End {
+                    outcome: None,
+                    next: Action::await_change(),
+                }));
+            }
             Step::Wait(wait) => return Ok(Some(self.wait(wait.clone()))),
             Step::LookAtVf => self.look_at_vf().await?,
             Step::LookAtQemu => self.look_at_qemu().await?,
@@ -258,7 +267,9 @@ impl Walk {
     }
 
     fn vm(&self) -> Result<Vm, ReconcileError> {
-        self.vm.clone().ok_or(ReconcileError::Incomplete("QEMU process"))
+        self.vm
+            .clone()
+            .ok_or(ReconcileError::Incomplete("QEMU process"))
     }
 
     async fn pf(&self) -> Result<PfFacts, ReconcileError> {
@@ -278,9 +289,10 @@ impl Walk {
         let pf = self.pf().await?;
         let index = self.recorded_device()?.vf_index;
         let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
-        let seen =
-            vf::blocking(&self.agent.kernel, move |kernel| vf::look(kernel, &pf, index, &want))
-                .await?;
+        let seen = vf::blocking(&self.agent.kernel, move |kernel| {
+            vf::look(kernel, &pf, index, &want)
+        })
+        .await?;
         self.seen.vf = Some(seen);
         Ok(())
     }
@@ -303,13 +315,19 @@ impl Walk {
     }
 
     async fn create_vfs(&mut self) -> Result<Option<End>, ReconcileError> {
-        let _turn = self.agent.pf_turns.take(&self.recorded_device()?.physical_function).await;
+        let _turn = self
+            .agent
+            .pf_turns
+            .take(&self.recorded_device()?.physical_function)
+            .await;
         match allocate::creation(&self.agent, &self.claim).await? {
             Ok(None) => {}
             Ok(Some((pf, count))) => {
                 tracing::info!(pf = %pf.address, count, "creating VFs");
-                vf::blocking(&self.agent.kernel, move |kernel| vf::create(kernel, &pf, count))
-                    .await?;
+                vf::blocking(&self.agent.kernel, move |kernel| {
+                    vf::create(kernel, &pf, count)
+                })
+                .await?;
                 self.agent.tell_pool_changed();
             }
             Err(wait) => return Ok(Some(self.wait(wait))),
@@ -324,12 +342,17 @@ impl Walk {
         let pf = self.pf().await?;
         let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, config = %want, "preparing");
-        let done =
-            vf::blocking(&self.agent.kernel, move |kernel| vf::prepare(kernel, &pf, &device, &want))
-                .await?;
+        let done = vf::blocking(&self.agent.kernel, move |kernel| {
+            vf::prepare(kernel, &pf, &device, &want)
+        })
+        .await?;
         self.device = Some(done);
         // Read back under the held group just now.
-        self.seen.vf = Some(VfSeen { vf: Vf::VfioFree, configured: true, clean: false });
+        self.seen.vf = Some(VfSeen {
+            vf: Vf::VfioFree,
+            configured: true,
+            clean: false,
+        });
         Ok(())
     }
 
@@ -343,8 +366,10 @@ impl Walk {
         let device = self.recorded_device()?.clone();
         Ok(vf::blocking(&self.agent.kernel, move |kernel| {
             let index = device.vf_index;
-            let vf = vf::find(kernel, &pf, index)?
-                .ok_or(VfError::NoVf { pf: pf.address, index })?;
+            let vf = vf::find(kernel, &pf, index)?.ok_or(VfError::NoVf {
+                pf: pf.address,
+                index,
+            })?;
             Ok(vf::described(&device, &vf))
         })
         .await?)
@@ -396,8 +421,10 @@ impl Walk {
         let _turn = self.agent.pf_turns.take(&device.physical_function).await;
         let pf = self.pf().await?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, "cleaning");
-        vf::blocking(&self.agent.kernel, move |kernel| vf::clean(kernel, &pf, device.vf_index))
-            .await?;
+        vf::blocking(&self.agent.kernel, move |kernel| {
+            vf::clean(kernel, &pf, device.vf_index)
+        })
+        .await?;
         self.seen.vf = None;
         Ok(())
     }
@@ -407,12 +434,18 @@ impl Walk {
         let facts = self.facts();
         let ready = matches!(
             self.seen.vf,
-            Some(VfSeen { vf: Vf::VfioFree, configured: true, .. })
+            Some(VfSeen {
+                vf: Vf::VfioFree,
+                configured: true,
+                ..
+            })
         );
         match facts {
             ClaimFacts { deleting: true, .. } => Outcome::Releasing(wait),
             ClaimFacts { device: false, .. } => Outcome::NotAllocated(wait),
-            ClaimFacts { attachment: true, .. } => Outcome::NotAttached(wait),
+            ClaimFacts {
+                attachment: true, ..
+            } => Outcome::NotAttached(wait),
             _ if ready => Outcome::NotAttached(wait),
             _ => Outcome::NotPrepared(wait),
         }
@@ -423,7 +456,10 @@ impl Walk {
             reason::GUEST_NOT_CONFIGURED | reason::UNPLUG_PENDING | reason::RETRYING => GUEST,
             _ => WAITING,
         };
-        End { outcome: Some(self.outcome(wait)), next: Action::requeue(again) }
+        End {
+            outcome: Some(self.outcome(wait)),
+            next: Action::requeue(again),
+        }
     }
 
     fn failed(&self, uid: &str, error: &ReconcileError) -> Action {
@@ -465,11 +501,17 @@ impl Walk {
         let on = self.claim.object_ref(&());
         match (waits_for(outcome), outcome) {
             (Some(wait), _) => {
-                self.agent.events.warning(&on, "Attach", wait.reason, &wait.message).await;
+                self.agent
+                    .events
+                    .warning(&on, "Attach", wait.reason, &wait.message)
+                    .await;
             }
             (None, Outcome::Attached(device)) => {
                 let note = format!("the VM has the VF at PCI address {}", device.pci_address);
-                self.agent.events.normal(&on, "Attach", reason::ATTACHED, &note).await;
+                self.agent
+                    .events
+                    .normal(&on, "Attach", reason::ATTACHED, &note)
+                    .await;
             }
             (None, _) => {}
         }

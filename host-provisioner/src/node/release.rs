@@ -23,8 +23,11 @@ const UNPLUG: Duration = Duration::from_secs(15);
 pub async fn unplug(claim: &VFClaim, vm: &Vm) -> StepResult<()> {
     let attachment = recorded(claim)?.attachment;
     tracing::info!(id = attachment.qemu_device_id, "device_del");
-    let unplugged =
-        vm.session.device_del(&attachment.qemu_device_id, UNPLUG).await.map_err(VmError::from)?;
+    let unplugged = vm
+        .session
+        .device_del(&attachment.qemu_device_id, UNPLUG)
+        .await
+        .map_err(VmError::from)?;
     match unplugged {
         Unplug::Deleted => {
             tracing::info!(id = attachment.qemu_device_id, "DEVICE_DELETED");
@@ -43,14 +46,20 @@ pub async fn unplug(claim: &VFClaim, vm: &Vm) -> StepResult<()> {
 /// always, the shared ones when no other claim is attached there. The caller
 /// has the VM's turn.
 pub async fn close_gates(agent: &Agent, claim: &VFClaim) -> Result<(), ReconcileError> {
-    let Ok(recorded) = recorded(claim) else { return Ok(()) };
+    let Ok(recorded) = recorded(claim) else {
+        return Ok(());
+    };
     let pod_uid = recorded.attachment.pod_uid.clone();
     let group = recorded.group;
     let uid = claim.metadata.uid.as_deref().unwrap_or_default();
     let others = agent.ledger.lock().others_attached_in(&pod_uid, uid);
     gates(agent, move |gates| {
         gates.close_device(&pod_uid, group)?;
-        if others == 0 { gates.close_all(&pod_uid) } else { Ok(()) }
+        if others == 0 {
+            gates.close_all(&pod_uid)
+        } else {
+            Ok(())
+        }
     })
     .await?;
     Ok(())
@@ -66,10 +75,7 @@ pub async fn forget_attachment(
 }
 
 /// Clears device and attachment: the VF is back. One write.
-pub async fn clear_device(
-    api: &Api<VFClaim>,
-    claim: &VFClaim,
-) -> Result<VFClaim, ReconcileError> {
+pub async fn clear_device(api: &Api<VFClaim>, claim: &VFClaim) -> Result<VFClaim, ReconcileError> {
     let fields = json!({"attachment": null, "device": null, "guestDevice": null});
     Ok(status::decide(api, claim, MANAGER, &fields).await?)
 }

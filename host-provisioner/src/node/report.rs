@@ -9,7 +9,12 @@ use common::api::{ConditionStatus, GuestDevice, NewCondition, reason, type_};
 use super::plan::Wait;
 
 /// The conditions that the node agent alone writes.
-pub const OWN: [&str; 4] = [type_::ALLOCATED, type_::PREPARED, type_::ATTACHED, type_::READY];
+pub const OWN: [&str; 4] = [
+    type_::ALLOCATED,
+    type_::PREPARED,
+    type_::ATTACHED,
+    type_::READY,
+];
 
 /// How far a claim got.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,18 +37,34 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
     use ConditionStatus::{False, True};
     let done = |type_, reason, message: &str| NewCondition::new(type_, True, reason, message);
     let not = |type_, wait: &Wait| NewCondition::new(type_, False, wait.reason, &*wait.message);
-    let allocated = done(type_::ALLOCATED, reason::ALLOCATED, "a VF is reserved for this claim");
-    let prepared =
-        done(type_::PREPARED, reason::PREPARED, "the VF is configured and bound to vfio-pci");
+    let allocated = done(
+        type_::ALLOCATED,
+        reason::ALLOCATED,
+        "a VF is reserved for this claim",
+    );
+    let prepared = done(
+        type_::PREPARED,
+        reason::PREPARED,
+        "the VF is configured and bound to vfio-pci",
+    );
     match outcome {
         Outcome::NotAllocated(wait) => {
             vec![not(type_::ALLOCATED, wait), not(type_::READY, wait)]
         }
         Outcome::NotPrepared(wait) => {
-            vec![allocated, not(type_::PREPARED, wait), not(type_::READY, wait)]
+            vec![
+                allocated,
+                not(type_::PREPARED, wait),
+                not(type_::READY, wait),
+            ]
         }
         Outcome::NotAttached(wait) => {
-            vec![allocated, prepared, not(type_::ATTACHED, wait), not(type_::READY, wait)]
+            vec![
+                allocated,
+                prepared,
+                not(type_::ATTACHED, wait),
+                not(type_::READY, wait),
+            ]
         }
         Outcome::Attached(device) => {
             let message = format!("the VM has the VF at PCI address {}", device.pci_address);
@@ -55,7 +76,12 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
             ]
         }
         Outcome::Releasing(wait) => {
-            vec![allocated, prepared, not(type_::ATTACHED, wait), not(type_::READY, wait)]
+            vec![
+                allocated,
+                prepared,
+                not(type_::ATTACHED, wait),
+                not(type_::READY, wait),
+            ]
         }
     }
 }

@@ -27,10 +27,10 @@ use super::agent::{Agent, SharedLedger, Turns};
 use super::lock::{AgentLock, LockError};
 use super::vf::VfError;
 use super::{publish, reconcile};
-use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
+use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
 use crate::kernel::{Kernel, RealKernel, Roots};
 
 /// `host-provisioner node`: creates VFs on this host and plugs them into VMs.
@@ -87,8 +87,7 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
     let kube = KubeClient::new(&ClientOptions::from(&args.kube)).await?;
     let health = Health::default();
     let ready = health.check("ledger", "the claims of this node are not read yet");
-    let endpoint =
-        telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
+    let endpoint = telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
 
     let agent = Arc::new(build(&args, kube.client(), &stop).await?);
     fill_ledger(&agent).await?;
@@ -98,7 +97,9 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
 
     let publisher = tokio::spawn(publish::run(Arc::clone(&agent), stop.clone()));
     claims(&agent, &args, stop).await;
-    publisher.await.map_err(|e| NodeError::Thread(e.to_string()))?;
+    publisher
+        .await
+        .map_err(|e| NodeError::Thread(e.to_string()))?;
     drop(endpoint);
     Ok(())
 }
@@ -130,7 +131,10 @@ async fn build(
         gates: Arc::new(gates),
         proc: Proc::new("/proc"),
         reserved_ports: args.reserved_ports,
-        backoff: Backoff::new(args.retry.retry_interval_start, args.retry.retry_interval_max),
+        backoff: Backoff::new(
+            args.retry.retry_interval_start,
+            args.retry.retry_interval_max,
+        ),
         pf_turns: Turns::default(),
         vm_turns: Turns::default(),
         pool_changed,
@@ -149,7 +153,10 @@ async fn watch_functions(
     let api: Api<PhysicalFunction> = Api::all(client.clone());
     let config = watcher::Config::default().fields(&format!("spec.nodeName={}", args.node_name));
     let (store, writer) = reflector::store();
-    let stream = watcher(api, config).default_backoff().reflect(writer).touched_objects();
+    let stream = watcher(api, config)
+        .default_backoff()
+        .reflect(writer)
+        .touched_objects();
     tokio::spawn(async move {
         let generations = stream.take_until(stop.cancelled_owned());
         futures::pin_mut!(generations);
@@ -169,7 +176,10 @@ async fn watch_functions(
             }
         }
     });
-    store.wait_until_ready().await.map_err(|_| NodeError::NoFunctions)?;
+    store
+        .wait_until_ready()
+        .await
+        .map_err(|_| NodeError::NoFunctions)?;
     Ok(store)
 }
 
@@ -195,7 +205,11 @@ async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
     let shared = Arc::clone(agent);
     let recovered = tokio::task::spawn_blocking(move || {
         shared.gates.recover(&|journal| {
-            shared.ledger.lock().others_attached_in(&journal.pod_uid, "") > 0
+            shared
+                .ledger
+                .lock()
+                .others_attached_in(&journal.pod_uid, "")
+                > 0
         })
     })
     .await
@@ -212,8 +226,7 @@ async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
 /// Reconciles this node's claims until stopped.
 async fn claims(agent: &Arc<Agent>, args: &NodeArgs, stop: CancellationToken) {
     let api: Api<VFClaim> = Api::all(agent.client.clone());
-    let mine =
-        watcher::Config::default().fields(&format!("status.hostNode={}", agent.node_name));
+    let mine = watcher::Config::default().fields(&format!("status.hostNode={}", agent.node_name));
     let pool = changes_of(agent.pool_changed.subscribe());
     Controller::new(api, mine)
         .with_config(controller::Config::default().concurrency(args.worker_threads))

@@ -53,7 +53,10 @@ where
 
 /// The VF of that index, if the PF has it.
 pub fn find(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<Option<VfFacts>, VfError> {
-    Ok(kernel.virtual_functions(pf.address)?.into_iter().find(|vf| vf.index == index))
+    Ok(kernel
+        .virtual_functions(pf.address)?
+        .into_iter()
+        .find(|vf| vf.index == index))
 }
 
 /// The VF's state, proven by opening its group when it is on vfio-pci.
@@ -64,7 +67,11 @@ pub fn look(
     want: &VfConfig,
 ) -> Result<VfSeen, VfError> {
     let Some(vf) = find(kernel, pf, index)? else {
-        return Ok(VfSeen { vf: Vf::Absent, configured: false, clean: true });
+        return Ok(VfSeen {
+            vf: Vf::Absent,
+            configured: false,
+            clean: true,
+        });
     };
     let state = match vf.driver.as_deref() {
         None => Vf::Driverless,
@@ -80,7 +87,11 @@ pub fn look(
     };
     let config = kernel.vf_config(pf, index)?;
     let clean = state == Vf::Driverless && config == driver(pf)?.capabilities().clean();
-    Ok(VfSeen { configured: config == *want, clean, vf: state })
+    Ok(VfSeen {
+        configured: config == *want,
+        clean,
+        vf: state,
+    })
 }
 
 /// Opens the VF's group, which proves that nobody has it; `None` when the VF is
@@ -105,8 +116,10 @@ fn prove_free(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<GroupHold>, Vf
 /// the group could reach that member.
 fn isolated(kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), VfError> {
     let ours = kernel.virtual_functions(pf.address)?;
-    let stranger =
-        vf.group_members.iter().find(|member| !ours.iter().any(|vf| vf.address == **member));
+    let stranger = vf
+        .group_members
+        .iter()
+        .find(|member| !ours.iter().any(|vf| vf.address == **member));
     match stranger {
         None => Ok(()),
         Some(stranger) => Err(VfError::NotIsolated(vf.address, *stranger)),
@@ -125,7 +138,10 @@ pub fn prepare(
     want: &VfConfig,
 ) -> Result<DeviceStatus, VfError> {
     let index = device.vf_index;
-    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf { pf: pf.address, index })?;
+    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf {
+        pf: pf.address,
+        index,
+    })?;
     isolated(kernel, pf, &vf)?;
     let held = prove_free(kernel, &vf)?;
     driver(pf)?.setup(kernel, pf, &vf, want)?;
@@ -166,7 +182,10 @@ pub fn described(device: &DeviceStatus, vf: &VfFacts) -> DeviceStatus {
 
 /// Takes everything of the last holder off a free VF and leaves it driverless.
 pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfError> {
-    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf { pf: pf.address, index })?;
+    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf {
+        pf: pf.address,
+        index,
+    })?;
     let held = prove_free(kernel, &vf)?;
     driver(pf)?.teardown(kernel, pf, &vf)?;
     drop(held);
