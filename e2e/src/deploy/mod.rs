@@ -107,7 +107,6 @@ fn guest_values(image: &Image) -> Value {
         "image": image_values(image),
         "nodeSelector": on_control_plane(),
         "guestCluster": names::GUEST_CLUSTER,
-        "claimNamespace": names::CLAIM_NAMESPACE,
         "hostKubeconfigSecret": {
             "name": names::HOST_KUBECONFIG_SECRET,
             "key": tenant::KUBECONFIG_KEY,
