@@ -4,6 +4,8 @@
 //! `api` and `pci` do no I/O. Only `kube` talks to an API server; `telemetry`
 //! listens on the HTTP endpoint and writes logs.
 #![forbid(unsafe_code)]
+// kube's derive repeats `validation` and `printcolumn` by design; clippy takes them for duplicates.
+#![allow(clippy::duplicated_attributes)]
 
 pub mod api;
 pub mod cli;

@@ -56,7 +56,6 @@ impl Agent {
 pub struct SharedLedger(Mutex<Ledger>);
 
 impl SharedLedger {
-    #[must_use]
     pub fn lock(&self) -> MutexGuard<'_, Ledger> {
         // The ledger's methods leave it whole even if one of them panicked.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
