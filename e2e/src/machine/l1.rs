@@ -201,6 +201,21 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
 /// With autogroups the scheduler ignores nice values between sessions: the session's own
 /// value counts (sched(7)).
 fn prefer(pid: i32) -> Result<()> {
+    // A new session is a new group: what is written before setsid(1) ran is lost.
+    wait::until_blocking(
+        "L1's QEMU to have its session",
+        Duration::from_secs(20),
+        Duration::from_millis(5),
+        || {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let session = nix::unistd::getsid(Some(pid))?;
+            Ok(if session == pid {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(format!("it is in session {session}"))
+            })
+        },
+    )?;
     let path = format!("/proc/{pid}/autogroup");
     match std::fs::write(&path, "-10") {
         // A kernel without autogroups has no such file; nice has done it there.
