@@ -249,7 +249,7 @@ pub(super) async fn join(l1: &L1, host: &Cluster) -> Result<()> {
 
 /// Images that the machine image brings along for every node.
 pub(super) const IMPORT: &str = "for f in /usr/lib/harness/images/*.tar; do \
-     ctr -n k8s.io images import --label=io.cri-containerd.pinned=pinned $f || exit; done";
+     ctr -n k8s.io images import $f || exit; done";
 
 /// Does nothing on a machine that has joined.
 pub(super) fn join_command(join: &Join, node: &str) -> String {
