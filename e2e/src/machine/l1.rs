@@ -201,6 +201,21 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
 /// With autogroups the scheduler ignores nice values between sessions: the session's own
 /// value counts (sched(7)).
 fn prefer(pid: i32) -> Result<()> {
+    // A new session is a new group: what is written before setsid(1) ran is lost.
+    wait::until_blocking(
+        "L1's QEMU to have its session",
+        Duration::from_secs(20),
+        Duration::from_millis(5),
+        || {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let session = nix::unistd::getsid(Some(pid))?;
+            Ok(if session == pid {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(format!("it is in session {session}"))
+            })
+        },
+    )?;
     let path = format!("/proc/{pid}/autogroup");
     match std::fs::write(&path, "-10") {
         // A kernel without autogroups has no such file; nice has done it there.
@@ -234,7 +249,7 @@ pub(super) async fn join(l1: &L1, host: &Cluster) -> Result<()> {
 
 /// Images that the machine image brings along for every node.
 pub(super) const IMPORT: &str = "for f in /usr/lib/harness/images/*.tar; do \
-     ctr -n k8s.io images import --label=io.cri-containerd.pinned=pinned $f || exit; done";
+     ctr -n k8s.io images import $f || exit; done";
 
 /// Does nothing on a machine that has joined.
 pub(super) fn join_command(join: &Join, node: &str) -> String {
