@@ -74,22 +74,22 @@ pub(super) async fn reconcile(
             .warning(&on, "Prepare", reason, message)
             .await;
     }
-    Ok(())
+    // What stands in the way, a namespace say, is not watched.
+    Ok(if outcome.is_ok() {
+        RESYNC
+    } else {
+        controller.settings.retry_max
+    })
 }
 
 /// Makes namespace and rights, unless that was seen done a short time ago.
 async fn ensure(
     controller: &Controller,
     cluster: &GuestCluster,
+    version: Version,
 ) -> Result<Result<(), Refusal>, ReconcileError> {
-    let key = (
-        cluster.uid().unwrap_or_default(),
-        cluster.metadata.generation,
-    );
-    if controller
-        .ensured(&key)
-        .is_some_and(|at| at.elapsed() < TRUST)
-    {
+    let since = controller.ensured.elapsed(&version);
+    if since.is_some_and(|elapsed| elapsed < TRUST) {
         return Ok(Ok(()));
     }
     let made = make(
