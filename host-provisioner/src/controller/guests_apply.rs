@@ -74,7 +74,12 @@ pub(super) async fn reconcile(
             .warning(&on, "Prepare", reason, message)
             .await;
     }
-    Ok(RESYNC)
+    // What stands in the way, a namespace say, is not watched.
+    Ok(if outcome.is_ok() {
+        RESYNC
+    } else {
+        controller.settings.retry_max
+    })
 }
 
 /// Makes namespace and rights, unless that was seen done a short time ago.
@@ -83,8 +88,8 @@ async fn ensure(
     cluster: &GuestCluster,
     version: Version,
 ) -> Result<Result<(), Refusal>, ReconcileError> {
-    let trusted = |since: Duration| since < TRUST;
-    if controller.ensured.elapsed(&version).is_some_and(trusted) {
+    let since = controller.ensured.elapsed(&version);
+    if since.is_some_and(|elapsed| elapsed < TRUST) {
         return Ok(Ok(()));
     }
     let made = make(
