@@ -12,11 +12,9 @@ use serde_json::json;
 use super::agent::{Agent, MANAGER};
 use super::attach::StepResult;
 use super::inventory;
-use super::ledger::{Entry, Ledger, VfKey, claim_ref};
+use super::ledger::{Entry, Ledger, VfKey};
 use super::plan::Wait;
-use super::pool::{
-    Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe, wanted_config,
-};
+use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::reconcile::ReconcileError;
 use super::vf::{self, VfError};
 use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, VfFacts};
@@ -131,13 +129,12 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
 
 /// What the claim was granted, for the planner.
 async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
-    let status = claim.status.as_ref();
-    let admitted = status
+    let selects_nodes = claim
+        .status
+        .as_ref()
         .and_then(|s| s.admitted.as_ref())
-        .ok_or(ReconcileError::Incomplete("status.admitted"))?;
-    let node_labels = if admitted.pf_selector.node_selector.is_empty() {
-        BTreeMap::new()
-    } else {
+        .is_some_and(|admitted| !admitted.pf_selector.node_selector.is_empty());
+    let labels = if selects_nodes {
         let nodes: Api<Node> = Api::all(agent.client.clone());
         nodes
             .get(&agent.node_name)
@@ -145,18 +142,10 @@ async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
             .metadata
             .labels
             .unwrap_or_default()
+    } else {
+        BTreeMap::new()
     };
-    Ok(Wish {
-        claim: claim_ref(claim),
-        vm_uid: status
-            .and_then(|s| s.vm.as_ref())
-            .map(|vm| vm.uid.clone())
-            .unwrap_or_default(),
-        selector: admitted.pf_selector.clone(),
-        node_labels,
-        config: wanted_config(&admitted.network).map_err(VfError::from)?,
-        num_vfs: admitted.num_vfs,
-    })
+    Ok(Wish::of(claim, &labels)?)
 }
 
 /// Chooses a VF and records it in the claim.

@@ -178,7 +178,7 @@ fn free_vf<'a>(pf: &'a PfView, wish: &Wish) -> Result<Option<&'a VfView>, GroupC
             (Some(ForeignReason::NoIommu), _) => conflict = Some(GroupConflict::NoIommu),
             (None, VfState::Free) => match pf.group_conflict(vf, &wish.vm_uid) {
                 Some(why) => conflict = Some(why),
-                None if found.is_none_or(|best| cold(best) && !cold(vf)) => found = Some(vf),
+                None if found.is_none_or(|best| !cold(vf) && cold(best)) => found = Some(vf),
                 None => {}
             },
             _ => {}

@@ -16,7 +16,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::agent::{Agent, MANAGER};
 use super::ledger::Doubled;
 use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
-use super::pool::wanted_config;
+use super::pool::{WishError, wanted_config};
 use super::qemu::{self, Vm, VmError};
 use super::report::{OWN, Outcome, conditions, waits_for};
 use super::vf::{self, VfError};
@@ -43,6 +43,8 @@ pub enum ReconcileError {
     #[error(transparent)]
     Vm(#[from] VmError),
     #[error(transparent)]
+    Wish(#[from] WishError),
+    #[error(transparent)]
     Doubled(#[from] Doubled),
     #[error("the claim's {0} is incomplete; it was written by another version or by hand")]
     Incomplete(&'static str),
@@ -54,7 +56,7 @@ impl ReconcileError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::Api(error) => class_of(error),
-            Self::Doubled(_) | Self::Incomplete(_) => ErrorClass::TellUser,
+            Self::Wish(_) | Self::Doubled(_) | Self::Incomplete(_) => ErrorClass::TellUser,
             Self::Vf(_) | Self::Vm(_) | Self::NoEnd(_) => ErrorClass::Retry,
         }
     }

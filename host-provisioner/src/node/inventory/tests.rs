@@ -153,7 +153,8 @@ fn readiness_gives_the_reason() {
     let in_use = |pool: &mut PfInput| {
         pool.facts.in_use_by_host = Some("default route via ens1f0".to_owned());
     };
-    let edits: [(fn(&mut PfInput), &str, &str); 6] = [
+    type Edit = fn(&mut PfInput);
+    let edits: [(Edit, &str, &str); 6] = [
         (
             |pool| pool.managed = false,
             reason::NOT_MANAGED,

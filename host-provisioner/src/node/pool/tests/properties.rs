@@ -126,13 +126,13 @@ proptest! {
     #[test]
     fn in_use_stays(pool in any_pf(PF1)) {
         let view = PfView::new(pool.clone());
-        if let Ok(choice) = choose(std::slice::from_ref(&view), &wish("new")) {
-            if let Some(count) = choice.create {
-                prop_assert_eq!(pool.facts.num_vfs, 0);
-                prop_assert!(pool.vfs.is_empty());
-                prop_assert!(choice.vf_index < count && count <= pool.facts.total_vfs);
-                prop_assert!(pool.holders.iter().all(|holder| holder.vf_index < count));
-            }
+        if let Ok(choice) = choose(std::slice::from_ref(&view), &wish("new"))
+            && let Some(count) = choice.create
+        {
+            prop_assert_eq!(pool.facts.num_vfs, 0);
+            prop_assert!(pool.vfs.is_empty());
+            prop_assert!(choice.vf_index < count && count <= pool.facts.total_vfs);
+            prop_assert!(pool.holders.iter().all(|holder| holder.vf_index < count));
         }
         if let Resize::Apply { from, to } = resize(&view) {
             prop_assert!(pool.holders.is_empty());
