@@ -237,7 +237,7 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
 
 async fn answers(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
     let l2 = find(l1, host, name).await?;
-    let command = "systemctl is-active -q containerd";
+    let command = "systemctl is-active -q containerd && systemctl is-active -q harness-network";
     l2.run_with(command, &[], Duration::from_secs(20))
         .await?
         .ok(command)?;
