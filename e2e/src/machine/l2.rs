@@ -211,7 +211,13 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         apply(host, &object).await?;
     }
     let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
-    if pods.get_opt(&objects::pod_name(&vm.name)).await?.is_none() {
+    let pod = objects::pod_name(&vm.name);
+    if pods.get_opt(&pod).await?.is_some_and(|p| ended(&p)) {
+        let api =
+            Api::<DynamicObject>::namespaced_with(host.client(), NAMESPACE, &resource("v1", "Pod"));
+        gone(&api, &pod, &DeleteParams::default()).await?;
+    }
+    if pods.get_opt(&pod).await?.is_none() {
         apply(host, &objects::pod(vm, &uid)).await?;
     }
     let l2 = progress::step_async(
@@ -220,7 +226,17 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
             &format!("VM {} to answer", vm.name),
             BOOT,
             EVERY,
-            || async { Ok(Probe::of(answers(l1, host, &vm.name).await.map(Some), "")) },
+            || async {
+                let now = pods.get_opt(&pod).await?;
+                anyhow::ensure!(
+                    !now.is_some_and(|p| ended(&p)),
+                    "the launcher pod {pod} has ended: see its log"
+                );
+                Ok(Probe::of(
+                    answers(l1, host, &vm.name).await.map(Some),
+                    "it boots",
+                ))
+            },
         ),
     )
     .await?;
@@ -233,6 +249,12 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         .await?;
     }
     Ok(l2)
+}
+
+/// A launcher is not started again: its VM is gone with it.
+fn ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
 }
 
 async fn answers(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
