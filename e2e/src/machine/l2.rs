@@ -14,7 +14,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
 use super::channel::{Output, Request};
-use super::domain::{self, CHANNEL_DIR, NAMESPACE, Vm};
+use super::domain::{self, CHANNEL_DIR_REAL, NAMESPACE, Vm};
 use super::l1::{self, L1};
 use super::objects;
 use crate::archive;
@@ -72,7 +72,7 @@ impl L2 {
     pub async fn run_with(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
         let request = Request::new(command, stdin, limit);
         let relay = format!(
-            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR} {}",
+            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR_REAL} {}",
             self.pid,
             (limit + RELAY / 2).as_secs()
         );
@@ -146,7 +146,7 @@ fn launcher_image(paths: &Paths) -> Result<std::path::PathBuf> {
     for l in ["bin", "sbin", "lib", "lib64"] {
         std::os::unix::fs::symlink(format!("usr/{l}"), root.join(l))?;
     }
-    std::os::unix::fs::symlink("/run", root.join("var/run"))?;
+    std::os::unix::fs::symlink("../run", root.join("var/run"))?;
     for (path, text) in [
         (
             "etc/passwd",
