@@ -9,7 +9,9 @@ const PORTS: usize = 2;
 /// Root ports: enough for libvirt's own devices, KubeVirt's spares and several VFs.
 const ROOT_PORTS: usize = 12;
 /// Where the launcher keeps the sockets of the channel, in its container.
-pub(super) const CHANNEL_DIR: &str = "/var/run/harness-channel";
+const CHANNEL_DIR: &str = "/var/run/harness-channel";
+/// The same without the link /var/run, which from outside the container would lead out of it.
+pub(super) const CHANNEL_DIR_REAL: &str = "/run/harness-channel";
 /// The disk that lies below the VM's overlay, in its container.
 pub(super) const DISK: &str = "/dev/disk0";
 

@@ -120,7 +120,8 @@ pub(super) async fn up(dc: &DataCentre, image: &Image) -> Result<L1> {
                 Some(d) => d.check("L1's QEMU")?,
                 None => anyhow::bail!("L1's QEMU has no pid file"),
             }
-            let command = "systemctl is-active -q containerd && mountpoint -q /harness";
+            let command = "systemctl is-active -q containerd && mountpoint -q /harness && \
+                 systemctl is-active -q harness-network";
             Ok(Probe::of(
                 l1.run_with(command, &[], Duration::from_secs(20))
                     .await

@@ -14,7 +14,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
 use super::channel::{Output, Request};
-use super::domain::{self, CHANNEL_DIR, NAMESPACE, Vm};
+use super::domain::{self, CHANNEL_DIR_REAL, NAMESPACE, Vm};
 use super::l1::{self, L1};
 use super::objects;
 use crate::archive;
@@ -72,7 +72,7 @@ impl L2 {
     pub async fn run_with(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
         let request = Request::new(command, stdin, limit);
         let relay = format!(
-            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR} {}",
+            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR_REAL} {}",
             self.pid,
             (limit + RELAY / 2).as_secs()
         );
@@ -146,7 +146,7 @@ fn launcher_image(paths: &Paths) -> Result<std::path::PathBuf> {
     for l in ["bin", "sbin", "lib", "lib64"] {
         std::os::unix::fs::symlink(format!("usr/{l}"), root.join(l))?;
     }
-    std::os::unix::fs::symlink("/run", root.join("var/run"))?;
+    std::os::unix::fs::symlink("../run", root.join("var/run"))?;
     for (path, text) in [
         (
             "etc/passwd",
@@ -211,7 +211,13 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         apply(host, &object).await?;
     }
     let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
-    if pods.get_opt(&objects::pod_name(&vm.name)).await?.is_none() {
+    let pod = objects::pod_name(&vm.name);
+    if pods.get_opt(&pod).await?.is_some_and(|p| ended(&p)) {
+        let api =
+            Api::<DynamicObject>::namespaced_with(host.client(), NAMESPACE, &resource("v1", "Pod"));
+        gone(&api, &pod, &DeleteParams::default()).await?;
+    }
+    if pods.get_opt(&pod).await?.is_none() {
         apply(host, &objects::pod(vm, &uid)).await?;
     }
     let l2 = progress::step_async(
@@ -220,7 +226,17 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
             &format!("VM {} to answer", vm.name),
             BOOT,
             EVERY,
-            || async { Ok(Probe::of(answers(l1, host, &vm.name).await.map(Some), "")) },
+            || async {
+                let now = pods.get_opt(&pod).await?;
+                anyhow::ensure!(
+                    !now.is_some_and(|p| ended(&p)),
+                    "the launcher pod {pod} has ended: see its log"
+                );
+                Ok(Probe::of(
+                    answers(l1, host, &vm.name).await.map(Some),
+                    "it boots",
+                ))
+            },
         ),
     )
     .await?;
@@ -235,9 +251,15 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
     Ok(l2)
 }
 
+/// A launcher is not started again: its VM is gone with it.
+fn ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
+}
+
 async fn answers(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
     let l2 = find(l1, host, name).await?;
-    let command = "systemctl is-active -q containerd";
+    let command = "systemctl is-active -q containerd && systemctl is-active -q harness-network";
     l2.run_with(command, &[], Duration::from_secs(20))
         .await?
         .ok(command)?;
