@@ -12,8 +12,8 @@ use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
 use e2e::{
-    cache, exec, interrupt, lint, logs, machine, mutants, oci_runtime, progress, runner, scenarios,
-    tools,
+    cache, deploy, exec, interrupt, lint, logs, machine, mutants, oci_runtime, progress, runner,
+    scenarios, tools,
 };
 
 /// The emulated data centre of vf-provisioner, its demonstration and its tests.
@@ -51,6 +51,8 @@ enum Verb {
         #[arg(long)]
         list: bool,
     },
+    /// Compile the programs and put what changed into the running data centre
+    Deploy,
     /// Start the machines of the running data centre
     Machine,
     /// Run a shell command in a machine: `l1`, or the name of a VM
@@ -87,6 +89,7 @@ impl Verb {
             Self::Status => "status",
             Self::Demo { .. } => "demo",
             Self::Test { .. } => "test",
+            Self::Deploy => "deploy",
             Self::Machine => "machine",
             Self::Run { .. } => "run",
             Self::Switch(_) => "switch",
@@ -184,6 +187,12 @@ async fn run(verb: Verb) -> Result<()> {
         Verb::Test { names, keep, .. } => {
             let _one = cache::lock(&paths, "data-centre")?;
             test::run(paths, &names, keep).await
+        }
+        Verb::Deploy => {
+            let _one = cache::lock(&paths, "deploy")?;
+            let dc = running(paths).await?;
+            let images = deploy::build(&dc.ctx.paths)?;
+            deploy::up(&dc, &images).await
         }
         Verb::Machine => {
             let _one = cache::lock(&paths, "data-centre")?;

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use common::api::{PhysicalFunction, VFClaimStatus, VfState};
+use common::api::{PhysicalFunction, VFClaimStatus, VfState, condition, type_};
 use kube::Api;
 
 use super::timeline::Timeline;
 use crate::machine::{TraceEvent, TraceKind};
-use crate::scenarios::support::claims::{ATTACH, RELEASE};
+use crate::scenarios::support::claims::{ATTACH, RELEASE, told};
 use crate::scenarios::support::far::{Shell, clock_offset, sh, sh_within};
 use crate::scenarios::support::l2::Net;
 use crate::scenarios::support::site::{GUEST_ADDRESSES, L1_NODE, L2_NODE, PEER};
@@ -128,53 +128,59 @@ async fn setting(lab: &Lab<'_>, t: &Timeline) -> Result<()> {
     Ok(())
 }
 
-/// The claim's way through the host's API, each field as it is first seen.
+/// What a status shows of one milestone, once it does.
+type Look = fn(&VFClaimStatus) -> Option<String>;
+
+/// A claim's way through the host's API.
+const MILESTONES: [(&str, Look); 6] = [
+    ("admitted", |s| {
+        let granted = s.admitted.as_ref()?;
+        Some(format!("class {}", granted.class_name))
+    }),
+    ("resolved", |s| {
+        Some(format!("the VM runs on {}", s.host_node.as_ref()?))
+    }),
+    ("allocated", |s| {
+        let device = s.device.as_ref()?;
+        Some(format!(
+            "VF {} of {}",
+            device.vf_index, device.physical_function
+        ))
+    }),
+    ("configured", |s| {
+        let prepared = condition(&s.conditions, type_::PREPARED)?;
+        (prepared.status == "True").then(|| "MAC, VLAN, vfio-pci".to_owned())
+    }),
+    ("attachment recorded", |s| {
+        Some(format!("port {}", s.attachment.as_ref()?.port))
+    }),
+    ("attached", |s| {
+        Some(s.guest_device.as_ref()?.pci_address.clone())
+    }),
+];
+
+/// Tells each milestone as it is first seen; one that is seen late does not hold up others.
 async fn milestones(lab: &Lab<'_>, t: &Timeline, claim: &Claim) -> Result<()> {
     lab.copied(claim).await?;
     t.now("synced to the host", "host API", claim.host_name());
-    let mut told = 0;
-    let steps: [(&str, fn(&VFClaimStatus) -> Option<String>); 5] = [
-        ("admitted", |s| {
-            s.admitted
-                .as_ref()
-                .map(|a| format!("class {}", a.class_name))
-        }),
-        ("resolved", |s| {
-            s.host_node.clone().map(|n| format!("VM runs on {n}"))
-        }),
-        ("allocated", |s| {
-            s.device
-                .as_ref()
-                .map(|d| format!("VF {} of {}", d.vf_index, d.physical_function))
-        }),
-        ("attachment recorded", |s| {
-            s.attachment.as_ref().map(|a| format!("port {}", a.port))
-        }),
-        ("attached", |s| {
-            s.guest_device.as_ref().map(|g| g.pci_address.clone())
-        }),
-    ];
+    let mut left = Vec::from(MILESTONES);
     let api = lab.host_claims();
-    watch::until(
-        &api,
-        &claim.host_name(),
-        "the claim to be attached",
-        ATTACH,
-        |c| {
-            let status = c.and_then(|c| c.status.as_ref());
-            while let Some((what, look)) = steps.get(told) {
-                let Some(detail) = status.and_then(look) else {
-                    return Ok(Probe::NotYet(c.map_or(
-                        "no copy".into(),
-                        crate::scenarios::support::claims::told,
-                    )));
-                };
+    let what = "the claim to be attached";
+    watch::until(&api, &claim.host_name(), what, ATTACH, |c| {
+        let status = c.and_then(|c| c.status.as_ref());
+        left.retain(|(what, look)| match status.and_then(look) {
+            Some(detail) => {
                 t.now(what, "host API", detail);
-                told += 1;
+                false
             }
-            Ok(Probe::Ready(()))
-        },
-    )
+            None => true,
+        });
+        Ok(if left.is_empty() {
+            Probe::Ready(())
+        } else {
+            Probe::NotYet(c.map_or("no copy".into(), told))
+        })
+    })
     .await
 }
 

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result};
 use kube::api::{DynamicObject, Patch, PatchParams};
-use kube::core::{ApiResource, GroupVersionKind, TypeMeta};
+use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Api, Client};
 use serde_json::Value;
 
@@ -36,7 +36,7 @@ pub async fn apply(api: &Api<DynamicObject>, object: &Value) -> Result<DynamicOb
         .name
         .as_deref()
         .context("an object without a name")?;
-    let kind = parsed.types.unwrap_or(TypeMeta::default()).kind;
+    let kind = parsed.types.unwrap_or_default().kind;
     api.patch(
         name,
         &PatchParams::apply(MANAGER).force(),
