@@ -361,9 +361,7 @@ async fn cordon_and_quota_hold_and_a_freed_place_is_taken() {
     })
     .await;
 
-    set(json!({"quota": {"claims": null}, "cordoned": true}))
-        .await
-        .unwrap();
+    set(json!({"quota": {"claims": null}, "cordoned": true})).await;
     harness.guest_observed("blue").await;
     let late = harness.create(&claim("late")).await;
     let refused = harness.says(&late, type_::ADMITTED, reason::CORDONED).await;
@@ -390,9 +388,7 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
     let device = json!({"nodeName": "host1", "physicalFunction": "pf", "vfIndex": 0});
     let attachment = json!({"vmiUID": "v", "podUID": "p", "qemuDeviceID": "vfc-u1", "port": "r",
         "transport": "QmpSocket", "bootID": "b", "qemuStartTime": 1});
-    set(json!({"device": device, "attachment": attachment}))
-        .await
-        .unwrap();
+    set(json!({"device": device, "attachment": attachment})).await;
 
     // The VM goes away under it: the node keeps the claim.
     harness
