@@ -32,17 +32,22 @@ pub struct DataCentre {
 }
 
 impl DataCentre {
-    /// Sets up what is missing; what runs already stays as it is.
-    pub async fn up(ctx: Ctx) -> Result<Self> {
+    /// Sets up what is missing of the two clusters; what runs already stays as it is.
+    pub async fn clusters(ctx: Ctx) -> Result<Self> {
         let docker = docker::up(&ctx.paths, &ctx.tools)?;
         let image = node_image::ensure(&ctx.paths, &ctx.tools, &docker)?;
         let (host, guest) = clusters::up(&ctx.paths, &ctx.tools, &docker, &image).await?;
-        let dc = Self {
+        Ok(Self {
             ctx,
             docker,
             host,
             guest,
-        };
+        })
+    }
+
+    /// Sets up what is missing of all of it.
+    pub async fn up(ctx: Ctx) -> Result<Self> {
+        let dc = Self::clusters(ctx).await?;
         // Compiling takes about as long as booting does.
         let paths = dc.ctx.paths.clone();
         let images = tokio::task::spawn_blocking(move || deploy::build(&paths));

@@ -10,7 +10,7 @@ use crate::exec::Cmd;
 use crate::paths::Paths;
 use crate::progress::{self, clock};
 use crate::scenarios::Scenario;
-use crate::{interrupt, tools};
+use crate::{debian, interrupt, tools};
 
 /// How many tests went which way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub(crate) fn cargo() -> Cmd {
 /// Runs `cargo test` of the workspace with the API server's programs at hand.
 pub fn unit(paths: &Paths) -> Result<Count> {
     let log = paths.run_logs().join("cargo-test.log");
+    // The monitor's tests talk to a real QEMU, the netlink tests use ip.
+    debian::ensure(paths, &["iproute2", "qemu-system-x86"])?;
     let out = progress::step("unit and API-server tests (cargo test --workspace)", |_| {
         cargo()
             .args(["test", "--workspace", "--no-fail-fast", "--color=never"])

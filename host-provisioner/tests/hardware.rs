@@ -1,7 +1,7 @@
 //! The kernel's part of a VF's life on a real PF: made, configured, bound, held,
 //! cleaned, taken away. Changes the hardware, so it runs only when asked:
 //!
-//! `VF_TEST_PF=0000:01:00.0 cargo test -p host-provisioner --test hardware -- --ignored`
+//! `VF_TEST_PF=0000:01:00.0 cargo test -p host-provisioner --features hardware-tests --test hardware`
 //!
 //! The PF has a supported driver, no VFs, and carries no traffic of the host.
 
@@ -46,7 +46,6 @@ fn ip_link(interface: &str) -> String {
 }
 
 #[test]
-#[ignore = "changes hardware: name an idle PF in VF_TEST_PF"]
 fn a_vf_is_made_configured_bound_held_cleaned_and_taken_away() {
     let kernel = RealKernel::new(Roots::default());
     println!("{:?}", kernel.node_facts().unwrap());

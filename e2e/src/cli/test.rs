@@ -6,11 +6,11 @@ use e2e::context::{self, Ctx, DataCentre};
 use e2e::docker::Docker;
 use e2e::paths::Paths;
 use e2e::runner::{self, Count};
-use e2e::scenarios::{self, Scenario};
+use e2e::scenarios::{self, Needs, Scenario};
 use e2e::{interrupt, logs, progress};
 
-pub(crate) async fn run(paths: Paths, names: &[String], keep: bool) -> Result<()> {
-    let wanted = scenarios::matching(names)?;
+pub(crate) async fn run(paths: Paths, names: &[String], most: Needs, keep: bool) -> Result<()> {
+    let wanted = scenarios::matching(names, most)?;
     let ctx = Ctx::prepare(paths)?;
     let mut count = Count::default();
     if names.is_empty() {
@@ -38,7 +38,8 @@ pub(crate) async fn run(paths: Paths, names: &[String], keep: bool) -> Result<()
 
 /// A data centre that cannot be set up counts as every scenario failed.
 async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
-    let dc = match super::made(ctx).await {
+    let needs = wanted.iter().map(|s| s.needs).max();
+    let dc = match super::made_for(ctx, needs.unwrap_or(Needs::Clusters)).await {
         Ok(dc) => dc,
         Err(e) if interrupt::requested() => return Err(e),
         Err(e) => {

@@ -10,7 +10,7 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use serde_json::json;
 
-use super::Scenario;
+use super::{Needs, Scenario};
 use crate::clusters::Cluster;
 use crate::context::DataCentre;
 use crate::wait::{self, Probe};
@@ -21,6 +21,7 @@ const EVERY: Duration = Duration::from_millis(300);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![Scenario {
+        needs: Needs::Clusters,
         name: "clusters-run-pods",
         shows: "both clusters run a pod, and the guest's node reaches the host's API server",
         run: |dc| run(dc).boxed(),

@@ -19,9 +19,19 @@ use crate::context::DataCentre;
 /// What a scenario runs.
 pub type Run = for<'a> fn(&'a DataCentre) -> BoxFuture<'a, anyhow::Result<()>>;
 
+/// How much of the data centre a scenario needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Needs {
+    /// The two clusters.
+    Clusters,
+    /// L1, its VM and the deployed charts as well.
+    Machines,
+}
+
 /// One scenario.
 #[derive(Clone, Copy)]
 pub struct Scenario {
+    pub needs: Needs,
     /// Short, unique, with hyphens.
     pub name: &'static str,
     /// What it shows, in one sentence.
@@ -33,6 +43,7 @@ pub struct Scenario {
 macro_rules! scenario {
     ($name:literal, $shows:literal, $body:expr) => {
         Scenario {
+            needs: $crate::scenarios::Needs::Machines,
             name: $name,
             shows: $shows,
             run: |dc| $crate::scenarios::support::run(dc, |lab| ($body)(lab).boxed()).boxed(),
@@ -59,9 +70,9 @@ pub fn all() -> Vec<Scenario> {
     all
 }
 
-/// Those whose name contains one of `words`; all if there are none. An error names the
-/// word that matches nothing.
-pub fn matching(words: &[String]) -> anyhow::Result<Vec<Scenario>> {
+/// Those whose name contains one of `words`; if there are none, all that need no more than
+/// `most`. An error names the word that matches nothing.
+pub fn matching(words: &[String], most: Needs) -> anyhow::Result<Vec<Scenario>> {
     let all = all();
     for w in words {
         if !all.iter().any(|s| s.name.contains(w.as_str())) {
@@ -72,8 +83,10 @@ pub fn matching(words: &[String]) -> anyhow::Result<Vec<Scenario>> {
             );
         }
     }
-    let wanted =
-        |s: &Scenario| words.is_empty() || words.iter().any(|w| s.name.contains(w.as_str()));
+    let wanted = |s: &Scenario| match words {
+        [] => s.needs <= most,
+        words => words.iter().any(|w| s.name.contains(w.as_str())),
+    };
     Ok(all.into_iter().filter(wanted).collect())
 }
 
@@ -87,8 +100,10 @@ mod tests {
         let all = all();
         let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
         assert_eq!(names.len(), all.len());
-        assert_eq!(matching(&[]).unwrap().len(), all.len());
-        let Err(e) = matching(&["no-such-thing".into()]) else {
+        assert_eq!(matching(&[], Needs::Machines).unwrap().len(), all.len());
+        let few = matching(&[], Needs::Clusters).unwrap();
+        assert!(!few.is_empty() && few.len() < all.len());
+        let Err(e) = matching(&["no-such-thing".into()], Needs::Machines) else {
             panic!("matched")
         };
         assert!(e.to_string().contains(all[0].name));
