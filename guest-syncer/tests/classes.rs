@@ -1,5 +1,13 @@
 //! The mirrored classes, against two real API servers.
 
+// A test's helper that fails fails its test; clippy allows that only inside `#[test]`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 use common::api::{GuestCluster, MIRRORED_LABEL, VFClass};
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use kube::{Client, ResourceExt as _};

@@ -71,7 +71,9 @@ mod tests {
             "--worker-threads=10",
             "--timeout=15s",
         ];
-        let Command::Controller(args) = Cli::try_parse_from(args).unwrap().command;
+        let Command::Controller(args) = Cli::try_parse_from(args).unwrap().command else {
+            panic!("another command");
+        };
         assert_eq!(args.worker_threads, 10);
         assert_eq!(args.retry.retry_interval_max.as_secs(), 300);
     }

@@ -68,7 +68,9 @@ fn device(index: u16, address: Option<&str>) -> DeviceStatus {
 
 #[test]
 fn ready_says_what_the_host_says() {
-    let cases: [(&[(&str, &str, &str, i64)], (&str, &str)); 7] = [
+    /// Type, status, reason and observed generation of a host condition.
+    type Said = (&'static str, &'static str, &'static str, i64);
+    let cases: [(&[Said], (&str, &str)); 7] = [
         (&[], ("False", "Pending")),
         (&[("Admitted", "True", "Admitted", 8)], ("False", "Pending")),
         (

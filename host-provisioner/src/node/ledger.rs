@@ -244,7 +244,7 @@ mod tests {
                 ..entry("a", 0)
             })
             .unwrap();
-        let mut claim = VFClaim::default();
+        let mut claim = VFClaim::new("a", common::api::VFClaimSpec::default());
         claim.metadata.uid = Some("a".into());
         claim.metadata.resource_version = Some("7".into());
         ledger.observe(&claim).unwrap();
