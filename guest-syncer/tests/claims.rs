@@ -82,7 +82,7 @@ async fn a_claim_goes_up_and_its_status_comes_down_and_it_is_released() {
 
     // A device that changed between two looks: the CRD allows it only cleared.
     world.stop().await;
-    let cleared = json!({"status": {"device": null, "guestDevice": null, "hostNode": null}});
+    let cleared = json!({"status": {"device": null, "guestDevice": null}});
     let params = PatchParams::default();
     world
         .host_claims()
