@@ -200,6 +200,19 @@ fn parse_join(text: &str) -> Option<Join> {
     })
 }
 
+/// There is one of each, and on a busy machine a lease that could not be renewed in time
+/// makes them start anew, which makes the machine busier still. A list replaces kind's
+/// own, so what kind asks for (`enable-hostpath-provisioner`) stands here too.
+const ALONE: &str = "\
+controllerManager:
+  extraArgs:
+  - {name: enable-hostpath-provisioner, value: \"true\"}
+  - {name: leader-elect, value: \"false\"}
+scheduler:
+  extraArgs:
+  - {name: leader-elect, value: \"false\"}
+";
+
 /// kind reads JSON as YAML.
 fn config(spec: Spec) -> String {
     let patch = |kind: &str, rest: &str| format!("kind: {kind}\n{rest}");
@@ -214,6 +227,7 @@ fn config(spec: Spec) -> String {
         "kubeadmConfigPatches": [
             patch("KubeletConfiguration", "failCgroupV1: false\n"),
             patch("InitConfiguration", "skipPhases: [preflight]\n"),
+            patch("ClusterConfiguration", ALONE),
         ],
         "nodes": [{"role": "control-plane"}],
     })

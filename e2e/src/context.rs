@@ -48,12 +48,14 @@ impl DataCentre {
     /// Sets up what is missing of all of it.
     pub async fn up(ctx: Ctx) -> Result<Self> {
         let dc = Self::clusters(ctx).await?;
-        // Compiling takes about as long as booting does.
+        // Before the machines boot: an emulated machine beside a compiler runs into its
+        // units' and leases' deadlines.
         let paths = dc.ctx.paths.clone();
-        let images = tokio::task::spawn_blocking(move || deploy::build(&paths));
-        let (machines, images) = tokio::join!(machine::up(&dc), images);
-        machines?;
-        deploy::up(&dc, &images.context("building the images")??).await?;
+        let images = tokio::task::spawn_blocking(move || deploy::build(&paths))
+            .await
+            .context("building the images")??;
+        machine::up(&dc).await?;
+        deploy::up(&dc, &images).await?;
         Ok(dc)
     }
 
