@@ -2,12 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::qemu::{KERNEL_ARGS, NODE_MODULES};
+
 /// Namespace of the tenant's VMs in the host's cluster.
 pub const NAMESPACE: &str = "tenant-vms";
 /// Channel ports into a VM.
 const PORTS: usize = 2;
-/// Root ports: enough for libvirt's own devices, KubeVirt's spares and several VFs.
-const ROOT_PORTS: usize = 12;
+/// Root ports: two for libvirt's own devices, two spares for KubeVirt, four for VFs. Firmware
+/// and kernel look at each in turn, which is a second of emulation.
+const ROOT_PORTS: usize = 8;
+/// One: a second only adds interrupts between the two, each an exit into L1.
+const VCPUS: u32 = 1;
 /// Where the launcher keeps the sockets of the channel, in its container.
 const CHANNEL_DIR: &str = "/var/run/harness-channel";
 /// The same without the link /var/run, which from outside the container would lead out of it.
@@ -58,10 +63,11 @@ impl Vm {
 /// `hosts` are `NAME=IP` pairs for the VM's /etc/hosts; `kernel` is a file of /boot.
 pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     let hosts: Vec<String> = hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
+    // lastbus: the kernel would look for forgotten bridges on all 256 buses, which are
+    // 16384 exits into L1 (pcibios_fixup_peer_bridges in arch/x86/pci/legacy.c).
     let cmdline = format!(
-        "console=ttyS0 quiet panic=1 no_timer_check systemd.default_timeout_start_sec=600 \
-         systemd.default_device_timeout_sec=600 harness.role=l2 systemd.hostname={} \
-         systemd.machine_id={} harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
+        "{KERNEL_ARGS} pci=lastbus=0 modules_load={NODE_MODULES} harness.role=l2 systemd.hostname={} systemd.machine_id={} \
+         harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
         vm.name,
         vm.uuid.replace('-', ""),
         vm.mac(),
@@ -87,7 +93,7 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
   <name>{NAMESPACE}_{name}</name>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory}</memory>
-  <vcpu>2</vcpu>
+  <vcpu>{VCPUS}</vcpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>/boot/{kernel}</kernel>

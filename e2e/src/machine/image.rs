@@ -27,7 +27,7 @@ const DISK: &str = "10G";
 
 /// Path in the image, permissions, content.
 type File = (&'static str, u32, &'static str);
-const FILES: [File; 15] = [
+const FILES: [File; 16] = [
     (
         "usr/lib/harness/channel-agent",
         0o755,
@@ -94,9 +94,14 @@ const FILES: [File; 15] = [
         include_str!("files/cni-conflist.tmpl"),
     ),
     (
-        "etc/modules-load.d/harness.conf",
+        "etc/systemd/system/containerd.service.d/gc.conf",
         0o644,
-        include_str!("files/modules.conf"),
+        include_str!("files/containerd-gc.conf"),
+    ),
+    (
+        "etc/modprobe.d/harness.conf",
+        0o644,
+        include_str!("files/modprobe.conf"),
     ),
     (
         "etc/sysctl.d/90-harness.conf",
@@ -130,7 +135,15 @@ const MASKED: &str = "libvirtd.service libvirtd.socket libvirtd-ro.socket libvir
     apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_reap.service fstrim.timer \
     systemd-firstboot.service ldconfig.service systemd-journal-flush.service \
     nvmefc-boot-connections.service nvmf-autoconnect.service systemd-pstore.service \
-    systemd-logind.service modprobe@drm.service";
+    systemd-logind.service modprobe@drm.service modprobe@configfs.service \
+    modprobe@fuse.service modprobe@efi_pstore.service sys-fs-fuse-connections.mount \
+    sys-kernel-config.mount dev-hugepages.mount dev-mqueue.mount var-lib-machines.mount \
+    machines.target getty.target systemd-user-sessions.service systemd-sysusers.service \
+    systemd-udev-load-credentials.service systemd-journal-catalog-update.service \
+    systemd-update-done.service systemd-machine-id-commit.service \
+    systemd-ask-password-console.path systemd-ask-password-wall.path systemd-creds.socket \
+    systemd-importd.socket systemd-sysext.socket systemd-hostnamed.socket \
+    systemd-tmpfiles-clean.timer";
 
 /// Where the parts of an image lie.
 #[derive(Clone, Debug)]

@@ -189,40 +189,12 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
     };
     // QEMU's modules lie beside its libraries, not where the program expects them.
     let modules = image.root.join("usr/lib/x86_64-linux-gnu/qemu");
-    // Ahead of what else the machine runs: an emulated clock that starves lets guests'
-    // watchdogs and timeouts fire.
-    let mut command: Vec<String> = ["nice", "-n", "-10", "env"].map(Into::into).into();
+    let mut command: Vec<String> = vec!["env".into()];
     command.extend([format!("QEMU_MODULE_DIR={}", modules.display())]);
     command.extend(qemu::command(image, &spec));
     let log = paths.state().join("l1-qemu.log");
-    let daemon = Daemon::spawn(&paths.state(), NODE, &command, &log)?;
-    prefer(daemon.pid())
-}
-
-/// With autogroups the scheduler ignores nice values between sessions: the session's own
-/// value counts (sched(7)).
-fn prefer(pid: i32) -> Result<()> {
-    // A new session is a new group: what is written before setsid(1) ran is lost.
-    wait::until_blocking(
-        "L1's QEMU to have its session",
-        Duration::from_secs(20),
-        Duration::from_millis(5),
-        || {
-            let pid = nix::unistd::Pid::from_raw(pid);
-            let session = nix::unistd::getsid(Some(pid))?;
-            Ok(if session == pid {
-                Probe::Ready(())
-            } else {
-                Probe::NotYet(format!("it is in session {session}"))
-            })
-        },
-    )?;
-    let path = format!("/proc/{pid}/autogroup");
-    match std::fs::write(&path, "-10") {
-        // A kernel without autogroups has no such file; nice has done it there.
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        r => r.with_context(|| format!("writing {path}")),
-    }
+    Daemon::spawn(&paths.state(), NODE, &command, &log)?;
+    Ok(())
 }
 
 /// Makes L1 a Ready node of the host's cluster, with routes to and from its pods.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
@@ -218,6 +218,8 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         gone(&api, &pod, &DeleteParams::default()).await?;
     }
     if pods.get_opt(&pod).await?.is_none() {
+        // A kubelet that finds the claim unbound looks again after ten seconds only.
+        bound(host, &vm.name).await?;
         apply(host, &objects::pod(vm, &uid)).await?;
     }
     let l2 = progress::step_async(
@@ -249,6 +251,19 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         .await?;
     }
     Ok(l2)
+}
+
+async fn bound(host: &Cluster, name: &str) -> Result<()> {
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(host.client(), NAMESPACE);
+    let what = format!("the volume claim {name} to be bound");
+    wait::until(&what, Duration::from_secs(60), EVERY / 4, || async {
+        let phase = claims.get(name).await?.status.and_then(|s| s.phase);
+        Ok(match phase.as_deref() {
+            Some("Bound") => Probe::Ready(()),
+            other => Probe::NotYet(format!("it is {}", other.unwrap_or("new"))),
+        })
+    })
+    .await
 }
 
 /// A launcher is not started again: its VM is gone with it.

@@ -32,14 +32,31 @@ pub(super) struct Spec<'a> {
     pub(super) memory_mib: u32,
 }
 
+/// What every emulated kernel is told.
+///
+/// - `no_timer_check`: on a busy machine the emulated timer misses the kernel's deadline of
+///   a few ticks, and the kernel panics ("IO-APIC + timer doesn't work").
+/// - `mitigations`, `init_on_alloc`, `cryptomgr.notests`: under emulation a retpoline is a
+///   lookup of a translated block, a page that is zeroed twice costs twice, and nobody here
+///   doubts the ciphers.
+/// - `highres`: a timer of the VM in L1 is an exit to set it and one to take it, and after an
+///   exit the emulator walks the nested page tables anew. Timers on the tick's grid come
+///   together.
+/// - `systemd.show_status`: each character on the serial line is two exits.
+pub(super) const KERNEL_ARGS: &str = "console=ttyS0 quiet panic=1 no_timer_check mitigations=off \
+     init_on_alloc=0 cryptomgr.notests nowatchdog tsc=nowatchdog audit=0 highres=off edd=off \
+     systemd.show_status=false systemd.default_timeout_start_sec=600 \
+     systemd.default_device_timeout_sec=600";
+/// What a node's network needs, loaded at boot.
+pub(super) const NODE_MODULES: &str = "overlay,br_netfilter,nf_conntrack";
+
 /// The kernel's command line.
 pub(super) fn kernel_args(s: &Spec<'_>) -> String {
     let hosts: Vec<String> = s.hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
-    // no_timer_check: on a busy machine the emulated timer misses the kernel's deadline
-    // of a few ticks, and the kernel panics ("IO-APIC + timer doesn't work").
+    // KVM's polling for a wake-up would take the core from what is to wake it.
     format!(
-        "console=ttyS0 quiet panic=1 no_timer_check systemd.default_timeout_start_sec=600 \
-         systemd.default_device_timeout_sec=600 intel_iommu=on iommu=pt harness.role=l1 \
+        "{KERNEL_ARGS} modules_load={NODE_MODULES},vfio-pci,kvm-amd kvm.halt_poll_ns=0 \
+         intel_iommu=on iommu=pt harness.role=l1 \
          systemd.hostname={} systemd.machine_id={} harness.net={NODE_MAC},{},{} harness.hosts={}",
         s.name,
         UUID.replace('-', ""),
@@ -64,8 +81,9 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     arg("-uuid", UUID);
     arg("-M", "q35,kernel-irqchip=split");
     arg("-accel", "tcg,thread=multi");
-    // "max" emulates SVM, which gives L1 a kvm of its own.
-    arg("-cpu", "max");
+    // "max" emulates SVM, which gives L1 a kvm of its own. What is off makes the emulator
+    // forget its translations oftener (pku, smap) or read more to make one (la57).
+    arg("-cpu", "max,la57=off,pku=off,pks=off,smap=off");
     arg("-m", &s.memory_mib.to_string());
     arg("-smp", "2");
     arg("-display", "none");
