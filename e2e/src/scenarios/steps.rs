@@ -364,8 +364,9 @@ async fn step8(lab: &Lab<'_>) -> Result<()> {
         !device.regions.is_empty() && device.regions.iter().all(|r| *r > 0),
         "{device:?}"
     );
+    // The agent takes the node away once QEMU has it open.
     let held = format!(
-        "for f in /proc/{}/fd/*; do readlink $f; done | grep -cx /dev/vfio/{} || true",
+        r"for f in /proc/{}/fd/*; do readlink $f; done | grep -cxE '/dev/vfio/{}( \(deleted\))?' || true",
         lab.qemu.pid, attached.iommu_group
     );
     ensure!(

@@ -13,6 +13,7 @@ use kube::runtime::reflector::Store;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
 
 use super::ledger::Ledger;
+use super::sessions::Sessions;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::gates::Gates;
 use crate::hypervisor::launcher::Proc;
@@ -29,6 +30,7 @@ pub struct Agent {
     pub boot_id: String,
     pub kernel: Arc<dyn Kernel>,
     pub hypervisor: Arc<dyn Hypervisor>,
+    pub sessions: Sessions,
     pub gates: Arc<dyn Gates>,
     pub proc: Proc,
     /// Root ports of a VM that are left to KubeVirt's own hotplugs.

@@ -18,6 +18,7 @@ mod reconcile;
 mod release;
 pub mod report;
 mod run;
+mod sessions;
 mod vf;
 
 pub use run::{NodeArgs, NodeError, run};

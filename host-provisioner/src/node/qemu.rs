@@ -45,7 +45,10 @@ pub async fn find(agent: &Agent, pod_uid: &str) -> Result<Option<Vm>, VmError> {
         Err(LauncherError::NotFound { .. } | LauncherError::Gone { .. }) => return Ok(None),
         Err(other) => return Err(other.into()),
     };
-    let session = agent.hypervisor.connect(&process).await?;
+    let session = agent
+        .sessions
+        .of(agent.hypervisor.as_ref(), &process)
+        .await?;
     Ok(Some(Vm { process, session }))
 }
 

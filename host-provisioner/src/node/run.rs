@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, SharedLedger, Turns};
 use super::lock::{AgentLock, LockError};
+use super::sessions::Sessions;
 use super::vf::VfError;
 use super::{publish, reconcile};
 use crate::hypervisor::gates::GateError;
@@ -128,6 +129,7 @@ async fn build(
         boot_id,
         kernel,
         hypervisor: Arc::new(QmpHypervisor::new(args.qmp_socket.clone())),
+        sessions: Sessions::default(),
         gates: Arc::new(gates),
         proc: Proc::new("/proc"),
         reserved_ports: args.reserved_ports,

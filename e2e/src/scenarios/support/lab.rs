@@ -2,6 +2,8 @@
 //! switch, and the three PFs by what they are for. Opening one and closing it both put
 //! away whatever a scenario, also one that was killed, made and marked with [`MARK`].
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::{Context, Result, bail};
 use common::api::PhysicalFunction;
 use futures::future::BoxFuture;
@@ -15,6 +17,8 @@ use super::{claims, kinds, l1, ports};
 use crate::context::DataCentre;
 use crate::machine::{self, L1, L2, Machine};
 
+/// Whether the last scenario of this process tidied up; at its start nobody knows.
+static LEFT_TIDY: AtomicBool = AtomicBool::new(false);
 /// Label of every object that a scenario makes, so that all can be found and removed.
 pub const MARK: &str = "e2e.sriov.harvesterhci.io/scenario";
 
@@ -52,11 +56,14 @@ pub type Body = for<'a> fn(&'a Lab<'a>) -> BoxFuture<'a, Result<()>>;
 /// fails the scenario that left it.
 pub async fn run(dc: &DataCentre, body: Body) -> Result<()> {
     let lab = Lab::open(dc).await.context("opening the laboratory")?;
-    lab.tidy()
-        .await
-        .context("before the scenario: tidying up after an earlier one")?;
+    if !LEFT_TIDY.swap(false, Ordering::SeqCst) {
+        lab.tidy()
+            .await
+            .context("before the scenario: tidying up after an earlier one")?;
+    }
     let result = body(&lab).await;
     let tidied = lab.tidy().await.context("after the scenario: tidying up");
+    LEFT_TIDY.store(tidied.is_ok(), Ordering::SeqCst);
     match (result, tidied) {
         (Err(e), Err(t)) => Err(e.context(format!("and {t:#}"))),
         (result, tidied) => result.and(tidied),
