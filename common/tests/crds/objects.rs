@@ -1,0 +1,191 @@
+//! The other kinds, and what holds for all.
+
+use kube::Error;
+use kube::api::{Patch, PatchParams, PostParams};
+use serde_json::{Value, json};
+
+use super::support::*;
+
+#[tokio::test]
+async fn classes_have_defaults_and_bounds() {
+    let server = server().await;
+    let api = api(server.admin(), "VFClass", "vfclasses", false);
+    let made = create_accepted(&api, "VFClass", json!({})).await;
+    assert_eq!(made.data["spec"]["allowedOverrides"], json!(["MacAddress"]));
+    assert_eq!(made.data["spec"]["pfSelector"], json!({}));
+    assert_eq!(made.data["spec"]["network"], json!({}));
+    let base = json!({"pfSelector": {}, "network": {"vlan": {"id": 1}}});
+    for (path, value, says) in [
+        ("numVFs", json!(0), "greater than or equal to 1"),
+        ("numVFs", json!(65536), "less than or equal to 65535"),
+        (
+            "allowedOverrides",
+            json!(["Everything"]),
+            "Unsupported value",
+        ),
+        (
+            "allowedOverrides",
+            json!(vec!["Vlan"; 9]),
+            "at most 8 items",
+        ),
+        ("description", json!("a".repeat(1025)), "more than 1024"),
+        ("network.vlan.id", json!(4095), "less than or equal to 4094"),
+        ("pfSelector.vendorIDs", json!(["8086x"]), "more than 4"),
+        ("pfSelector.vendorIDs", json!(["80GG"]), "should match"),
+        ("pfSelector.deviceIDs", json!(["10C9"]), "should match"),
+        (
+            "pfSelector.pciAddresses",
+            json!(["03:00.0"]),
+            "should match",
+        ),
+        (
+            "pfSelector.pciAddresses",
+            json!(["0000:03:20.0"]),
+            "should match",
+        ),
+        (
+            "pfSelector.interfaceNames",
+            json!(["abcdefghijklmnop"]),
+            "more than 15",
+        ),
+        (
+            "pfSelector.drivers",
+            json!(["a".repeat(65)]),
+            "more than 64",
+        ),
+        (
+            "pfSelector.drivers",
+            json!(vec!["igb"; 17]),
+            "at most 16 items",
+        ),
+    ] {
+        create_refused(&api, "VFClass", with(&base, &[(path, value)]), says).await;
+    }
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn guest_clusters_have_defaults_bounds_and_a_fixed_namespace() {
+    let server = server().await;
+    let api = api(server.admin(), "GuestCluster", "guestclusters", false);
+    let base = json!({"claimNamespace": "claims-blue", "vmNamespace": "vms"});
+    let made = create_accepted(&api, "GuestCluster", base.clone()).await;
+    assert_eq!(made.data["spec"]["cordoned"], json!(false));
+    assert_eq!(made.data["spec"]["quota"], json!({}));
+    assert_eq!(made.data["spec"]["vmSelector"], json!({}));
+    for (path, value, says) in [
+        ("claimNamespace", json!(null), "Required value"),
+        ("claimNamespace", json!("Claims"), "should match"),
+        ("claimNamespace", json!(""), "at least 1 chars"),
+        ("claimNamespace", json!("a".repeat(64)), "more than 63"),
+        ("vmNamespace", json!("-x"), "should match"),
+        ("vmNamespace", json!(""), "at least 1 chars"),
+        ("vmNamespace", json!("a".repeat(64)), "more than 63"),
+        ("classes", json!([""]), "at least 1 chars"),
+        ("classes", json!(["a".repeat(64)]), "more than 63"),
+        ("classes", json!(vec!["a"; 65]), "at most 64 items"),
+        ("quota", json!({"claims": -1}), "greater than or equal to 0"),
+    ] {
+        create_refused(&api, "GuestCluster", with(&base, &[(path, value)]), says).await;
+    }
+    let long = object("GuestCluster", &"a".repeat(64), &base);
+    refused(
+        "name",
+        api.create(&DRY(), &long).await,
+        "at most 63 characters",
+    );
+    api.create(
+        &PostParams::default(),
+        &object("GuestCluster", "blue", &base),
+    )
+    .await
+    .unwrap();
+    let moved = json!({"spec": {"claimNamespace": "other"}});
+    let done = api
+        .patch("blue", &PatchParams::default(), &Patch::Merge(&moved))
+        .await;
+    refused("moved", done, "claimNamespace is immutable");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
+    let server = server().await;
+    let api = api(
+        server.admin(),
+        "PhysicalFunction",
+        "physicalfunctions",
+        false,
+    );
+    let base = json!({"nodeName": "h1", "identity": "serial"});
+    let made = api
+        .create(
+            &PostParams::default(),
+            &object("PhysicalFunction", "pf", &base),
+        )
+        .await
+        .unwrap();
+    assert_eq!(made.data["spec"]["managed"], json!(false));
+    for (path, value, says) in [
+        ("nodeName", json!(""), "at least 1 chars"),
+        ("nodeName", json!("a".repeat(254)), "more than 253"),
+        ("identity", json!(""), "at least 1 chars"),
+        ("identity", json!("a".repeat(257)), "more than 256"),
+        ("identity", json!(null), "Required value"),
+        ("numVFs", json!(0), "greater than or equal to 1"),
+    ] {
+        create_refused(
+            &api,
+            "PhysicalFunction",
+            with(&base, &[(path, value)]),
+            says,
+        )
+        .await;
+    }
+    for (patch, says) in [
+        (json!({"nodeName": "h2"}), "nodeName is immutable"),
+        (json!({"identity": "other"}), "identity is immutable"),
+    ] {
+        let patch = json!({ "spec": patch });
+        let done = api
+            .patch("pf", &PatchParams::default(), &Patch::Merge(&patch))
+            .await;
+        refused(&patch.to_string(), done, says);
+    }
+    let consent = json!({"spec": {"managed": true, "numVFs": 7}});
+    api.patch("pf", &PatchParams::default(), &Patch::Merge(&consent))
+        .await
+        .unwrap();
+    let nodes = self::api(server.admin(), "SriovNode", "sriovnodes", false);
+    create_accepted(&nodes, "SriovNode", json!({})).await;
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_field_that_this_host_does_not_know_is_refused_under_strict_validation() {
+    let server = server().await;
+    let api = claims(&server);
+    let spec = with(
+        &tenant_claim(),
+        &[("network", json!({"linkState": "Auto"}))],
+    );
+    let request = http::Request::post(format!(
+        "/apis/{}/{}/namespaces/default/vfclaims?fieldValidation=Strict",
+        common::api::GROUP,
+        common::api::VERSION
+    ))
+    .header("content-type", "application/json")
+    .body(serde_json::to_vec(&object("VFClaim", "c", &spec)).unwrap())
+    .unwrap();
+    let answer = server.admin().request::<Value>(request).await;
+    let Err(Error::Api(status)) = answer else {
+        panic!("accepted: {answer:?}");
+    };
+    assert!(
+        status.message.contains("unknown field"),
+        "{}",
+        status.message
+    );
+    assert!(api.get_opt("c").await.unwrap().is_none());
+    server.stop().await.unwrap();
+}
