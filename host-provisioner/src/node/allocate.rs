@@ -11,11 +11,11 @@ use serde_json::json;
 
 use super::agent::{Agent, MANAGER};
 use super::attach::StepResult;
+use super::error::ReconcileError;
 use super::inventory;
 use super::ledger::{Entry, Ledger, VfKey};
 use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
-use super::reconcile::ReconcileError;
 use super::vf::{self, VfError};
 use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, VfFacts};
 

@@ -11,9 +11,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::agent::{Agent, MANAGER};
+use super::error::ReconcileError;
 use super::plan::{Qemu, Wait};
 use super::qemu::{self, Vm, VmError};
-use super::reconcile::ReconcileError;
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::plan::device_id;
 use crate::hypervisor::{GuestView, HypervisorError, memory};

@@ -7,6 +7,7 @@
 mod agent;
 mod allocate;
 mod attach;
+mod error;
 pub mod inventory;
 pub mod ledger;
 mod lock;

@@ -16,9 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, MANAGER};
 use super::allocate::{PfSnapshot, snapshot, views};
+use super::error::ReconcileError;
 use super::inventory;
 use super::pool::PfView;
-use super::reconcile::ReconcileError;
 use super::vf::{self, VfError};
 
 /// Changes within this time are one report.

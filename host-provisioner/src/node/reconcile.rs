@@ -5,19 +5,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::api::{Admitted, DeviceStatus, GuestDevice, VFClaim, VFClaimStatus, reason};
+use common::kube::is_conflict;
 use common::kube::status::{Report, report};
-use common::kube::{ErrorClass, class_of, is_conflict};
 use kube::runtime::controller::Action;
 use kube::{Api, Resource as _};
 use serde_json::{Map, json};
-use thiserror::Error;
 use tokio::sync::OwnedMutexGuard;
 
 use super::agent::{Agent, MANAGER};
-use super::ledger::Doubled;
+use super::error::ReconcileError;
 use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
-use super::pool::{WishError, wanted_config};
-use super::qemu::{self, Vm, VmError};
+use super::pool::wanted_config;
+use super::qemu::{self, Vm};
 use super::report::{OWN, Outcome, conditions, waits_for};
 use super::vf::{self, VfError};
 use super::{allocate, attach, inventory, release};
@@ -32,35 +31,6 @@ const RESYNC: Duration = Duration::from_secs(300);
 const WAITING: Duration = Duration::from_secs(10);
 /// What waits for the guest is looked at sooner.
 const GUEST: Duration = Duration::from_secs(2);
-
-/// Why a reconcile could not go on.
-#[derive(Debug, Error)]
-pub enum ReconcileError {
-    #[error("the API server: {0}")]
-    Api(#[from] kube::Error),
-    #[error(transparent)]
-    Vf(#[from] VfError),
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    #[error(transparent)]
-    Wish(#[from] WishError),
-    #[error(transparent)]
-    Doubled(#[from] Doubled),
-    #[error("the claim's {0} is incomplete; it was written by another version or by hand")]
-    Incomplete(&'static str),
-    #[error("no end after {MAX_STEPS} steps, the last being {0}; this is a defect")]
-    NoEnd(String),
-}
-
-impl ReconcileError {
-    fn class(&self) -> ErrorClass {
-        match self {
-            Self::Api(error) => class_of(error),
-            Self::Wish(_) | Self::Doubled(_) | Self::Incomplete(_) => ErrorClass::TellUser,
-            Self::Vf(_) | Self::Vm(_) | Self::NoEnd(_) => ErrorClass::Retry,
-        }
-    }
-}
 
 /// Reconciles a claim; never fails: what goes wrong is reported on the claim
 /// and tried again.
@@ -197,7 +167,10 @@ impl Walk {
                 return Ok(end);
             }
         }
-        Err(ReconcileError::NoEnd(format!("{step:?}")))
+        Err(ReconcileError::NoEnd {
+            steps: MAX_STEPS,
+            last: format!("{step:?}"),
+        })
     }
 
     /// Does one step; an end when there is nothing more to do now.

@@ -10,9 +10,9 @@ use serde_json::json;
 
 use super::agent::{Agent, MANAGER};
 use super::attach::{StepResult, gates, recorded};
+use super::error::ReconcileError;
 use super::plan::Wait;
 use super::qemu::{Vm, VmError};
-use super::reconcile::ReconcileError;
 use crate::hypervisor::Unplug;
 
 /// How long one request to unplug is waited for. QEMU forgets none, and

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use common::api::{ClaimRef, GrantedNetwork, PfSelector, VFClaim};
-use kube::Resource as _;
 use thiserror::Error;
 
 use crate::kernel::{MacAddr, MacError, VfConfig, VlanTag};
+use crate::node::ledger::claim_ref;
 
 /// A claim that names a VF in `status.device`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl Holder {
         let device = status.device.as_ref()?;
         let mac = status.admitted.as_ref().map(|granted| &granted.network);
         let holder = Self {
-            claim: reference(claim),
+            claim: claim_ref(claim),
             vm_uid: status
                 .vm
                 .as_ref()
@@ -80,7 +80,7 @@ impl Wish {
         let admitted = status.admitted.as_ref().ok_or(WishError::NotAdmitted)?;
         let vm = status.vm.as_ref().ok_or(WishError::NoVm)?;
         Ok(Self {
-            claim: reference(claim),
+            claim: claim_ref(claim),
             vm_uid: vm.uid.clone(),
             selector: admitted.pf_selector.clone(),
             node_labels: node_labels.clone(),
@@ -104,13 +104,4 @@ pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
         spoof_check: granted.spoof_check,
         trust: granted.trust,
     })
-}
-
-fn reference(claim: &VFClaim) -> ClaimRef {
-    let meta = claim.meta();
-    ClaimRef {
-        namespace: meta.namespace.clone().unwrap_or_default(),
-        name: meta.name.clone().unwrap_or_default(),
-        uid: meta.uid.clone().unwrap_or_default(),
-    }
 }
