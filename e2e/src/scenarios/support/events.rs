@@ -30,7 +30,7 @@ systemd-run -q --unit={UNIT} --property=StandardOutput=truncate:/run/{UNIT} stdb
         );
         sh(l1, &script).await?;
         let every = Duration::from_millis(300);
-        wait::until("virsh to listen", Duration::from_secs(20), every, || async {
+        wait::until("virsh to listen", Duration::from_secs(90), every, || async {
             // Connected: the client holds a socket besides its standard streams.
             let look = format!(
                 "pid=$(systemctl show -P MainPID {UNIT}); [[ $pid != 0 ]] || {{ systemctl status {UNIT}; exit 1; }}
