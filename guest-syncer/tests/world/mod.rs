@@ -15,7 +15,7 @@ use common::kube::{ClientOptions, KubeClient};
 use guest_syncer::host_link::HostLink;
 use guest_syncer::syncer::{self, Options};
 use k8s_openapi::api::core::v1::{Namespace, Node};
-use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, ResourceExt as _};
 use serde::de::DeserializeOwned;
@@ -194,15 +194,35 @@ impl World {
 
     /// The guest's claim once `condition` has this status and reason.
     pub async fn says(&self, name: &str, type_: &str, status: &str, reason: &str) -> VFClaim {
+        self.says_in_words(name, type_, status, reason, "").await
+    }
+
+    /// The same, once the message has `part` in it: the first reason is often refined.
+    pub async fn says_in_words(
+        &self,
+        name: &str,
+        type_: &str,
+        status: &str,
+        reason: &str,
+        part: &str,
+    ) -> VFClaim {
         let api = self.guest_claims();
-        let what = format!("{name}: {type_}={status} {reason}");
+        let what = format!("{name}: {type_}={status} {reason} {part:?}");
         eventually(&what, || async {
             let claim = api.get_opt(name).await.unwrap()?;
             let conditions = claim.status.as_ref()?.conditions.clone();
             let c = condition(&conditions, type_)?;
-            (c.status == status && c.reason == reason).then_some(claim)
+            (c.status == status && c.reason == reason && c.message.contains(part)).then_some(claim)
         })
         .await
+    }
+
+    /// A tenant's deletion of a claim.
+    pub async fn delete(&self, name: &str) {
+        self.guest_claims()
+            .delete(name, &DeleteParams::default())
+            .await
+            .unwrap();
     }
 
     pub async fn gone(&self, name: &str) {
