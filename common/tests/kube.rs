@@ -180,6 +180,15 @@ async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
     server.stop().await.unwrap();
 }
 
+/// A server with our CRDs and the claim `a`.
+async fn with_a_claim() -> (TestApiServer, Api<VFClaim>, VFClaim) {
+    let server = TestApiServer::start().await.unwrap();
+    server.install_crds(&crds()).await.unwrap();
+    let api: Api<VFClaim> = Api::namespaced(server.admin(), "default");
+    let made = api.create(&PostParams::default(), &claim("a")).await;
+    (server, api, made.unwrap())
+}
+
 fn claim(name: &str) -> VFClaim {
     VFClaim::new(
         name,
@@ -201,13 +210,7 @@ fn claim(name: &str) -> VFClaim {
 
 #[tokio::test]
 async fn decisions_are_fenced_and_reports_keep_to_their_own() {
-    let server = TestApiServer::start().await.unwrap();
-    server.install_crds(&crds()).await.unwrap();
-    let api: Api<VFClaim> = Api::namespaced(server.admin(), "default");
-    let seen = api
-        .create(&PostParams::default(), &claim("a"))
-        .await
-        .unwrap();
+    let (server, api, seen) = with_a_claim().await;
 
     let decided = decide(&api, &seen, "test", &json!({"hostNode": "n1"}))
         .await
@@ -279,13 +282,7 @@ async fn decisions_are_fenced_and_reports_keep_to_their_own() {
 
 #[tokio::test]
 async fn finalizers_are_put_on_and_taken_off_once() {
-    let server = TestApiServer::start().await.unwrap();
-    server.install_crds(&crds()).await.unwrap();
-    let api: Api<VFClaim> = Api::namespaced(server.admin(), "default");
-    let seen = api
-        .create(&PostParams::default(), &claim("a"))
-        .await
-        .unwrap();
+    let (server, api, seen) = with_a_claim().await;
     let with = finalizer::add(&api, &seen, "example.com/one")
         .await
         .unwrap()

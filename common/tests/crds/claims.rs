@@ -1,7 +1,7 @@
 //! `VFClaim`: its spec, its status, and what is found by its fields.
 
 use kube::Error;
-use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::support::*;
@@ -116,9 +116,7 @@ async fn claim_targets_and_classes_do_not_change() {
         ("host", host_claim()),
         ("bare", bare),
     ] {
-        api.create(&PostParams::default(), &object("VFClaim", name, &spec))
-            .await
-            .unwrap();
+        create(&api, "VFClaim", name, &spec).await;
     }
     let guest = host_claim()["guest"].clone();
     let class = "className is immutable";
@@ -190,12 +188,7 @@ async fn status(api: &Api<DynamicObject>, patch: &Value) -> Result<DynamicObject
 async fn claim_status_keeps_its_order() {
     let server = server().await;
     let api = claims(&server);
-    api.create(
-        &PostParams::default(),
-        &object("VFClaim", "c", &host_claim()),
-    )
-    .await
-    .unwrap();
+    create(&api, "VFClaim", "c", &host_claim()).await;
     refused(
         "device first",
         status(&api, &json!({"device": device()})).await,
@@ -261,12 +254,7 @@ async fn claim_status_keeps_its_order() {
 async fn claim_conditions_are_a_map_with_bounds() {
     let server = server().await;
     let api = claims(&server);
-    api.create(
-        &PostParams::default(),
-        &object("VFClaim", "c", &host_claim()),
-    )
-    .await
-    .unwrap();
+    create(&api, "VFClaim", "c", &host_claim()).await;
     let condition = |type_: &str, status: &str, reason: &str| {
         json!({"type": type_, "status": status, "reason": reason, "message": "",
             "lastTransitionTime": "2026-01-01T00:00:00Z"})
@@ -311,12 +299,7 @@ async fn claims_are_found_by_their_host_node_and_pfs_by_theirs() {
     let server = server().await;
     let api = claims(&server);
     for name in ["c", "d"] {
-        api.create(
-            &PostParams::default(),
-            &object("VFClaim", name, &host_claim()),
-        )
-        .await
-        .unwrap();
+        create(&api, "VFClaim", name, &host_claim()).await;
     }
     status(&api, &json!({"hostNode": "h1"})).await.unwrap();
     let found = api
@@ -334,12 +317,7 @@ async fn claims_are_found_by_their_host_node_and_pfs_by_theirs() {
     );
     for node in ["h1", "h2"] {
         let spec = json!({"nodeName": node, "identity": "serial"});
-        pfs.create(
-            &PostParams::default(),
-            &object("PhysicalFunction", node, &spec),
-        )
-        .await
-        .unwrap();
+        create(&pfs, "PhysicalFunction", node, &spec).await;
     }
     let found = pfs
         .list(&ListParams::default().fields("spec.nodeName=h2"))

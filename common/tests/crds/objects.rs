@@ -1,7 +1,7 @@
 //! The other kinds, and what holds for all.
 
 use kube::Error;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::support::*;
@@ -94,12 +94,7 @@ async fn guest_clusters_have_defaults_bounds_and_a_fixed_namespace() {
         api.create(&DRY(), &long).await,
         "at most 63 characters",
     );
-    api.create(
-        &PostParams::default(),
-        &object("GuestCluster", "blue", &base),
-    )
-    .await
-    .unwrap();
+    create(&api, "GuestCluster", "blue", &base).await;
     let moved = json!({"spec": {"claimNamespace": "other"}});
     let done = api
         .patch("blue", &PatchParams::default(), &Patch::Merge(&moved))
@@ -118,13 +113,7 @@ async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
         false,
     );
     let base = json!({"nodeName": "h1", "identity": "serial"});
-    let made = api
-        .create(
-            &PostParams::default(),
-            &object("PhysicalFunction", "pf", &base),
-        )
-        .await
-        .unwrap();
+    let made = create(&api, "PhysicalFunction", "pf", &base).await;
     assert_eq!(made.data["spec"]["managed"], json!(false));
     for (path, value, says) in [
         ("nodeName", json!(""), "at least 1 chars"),

@@ -83,6 +83,19 @@ pub async fn create_accepted(api: &Api<DynamicObject>, kind: &str, spec: Value) 
     result.unwrap_or_else(|e| panic!("{spec}: {e}"))
 }
 
+/// Makes an object that stays.
+pub async fn create(
+    api: &Api<DynamicObject>,
+    kind: &str,
+    name: &str,
+    spec: &Value,
+) -> DynamicObject {
+    let made = api
+        .create(&PostParams::default(), &object(kind, name, spec))
+        .await;
+    made.unwrap_or_else(|e| panic!("{kind} {name}: {e}"))
+}
+
 pub fn tenant_claim() -> Value {
     json!({"className": "gold", "nodeName": "worker"})
 }

@@ -9,7 +9,7 @@ use common::api::{
 use futures::{StreamExt as _, TryStreamExt as _};
 use host_provisioner::controller::admit::derived_mac;
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, WatchEvent, WatchParams};
+use kube::api::{Api, Patch, PatchParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
 use crate::harness::{Harness, UUID, claim};
@@ -131,11 +131,7 @@ async fn refusals_of_admission_say_why_and_change_nothing() {
         assert_nothing_granted(&refused);
         harness.warned(&made, expected).await;
         // It goes at once: nothing of ours is on it.
-        harness
-            .claims()
-            .delete(&made.name_any(), &DeleteParams::default())
-            .await
-            .unwrap();
+        harness.delete(&made.name_any()).await;
         harness.gone(&made).await;
     }
     harness.end().await;
@@ -239,11 +235,7 @@ async fn a_vm_that_is_not_the_guests_or_not_sure_is_not_bound() {
             "{expected}"
         );
         harness.warned(&made, expected).await;
-        harness
-            .claims()
-            .delete(&made.name_any(), &DeleteParams::default())
-            .await
-            .unwrap();
+        harness.delete(&made.name_any()).await;
         harness.gone(&made).await;
     }
     // A second GuestCluster that selects blue's VM makes it nobody's.
@@ -354,11 +346,7 @@ async fn cordon_and_quota_hold_and_a_freed_place_is_taken() {
     };
     let first = granted(&settled().await);
     assert_eq!(first.len(), 2, "{first:?}");
-    harness
-        .claims()
-        .delete(&first[0], &DeleteParams::default())
-        .await
-        .unwrap();
+    harness.delete(&first[0]).await;
     crate::harness::eventually("another one takes the place", || async {
         let now = granted(&settled().await);
         (now.len() == 2 && !now.contains(&first[0]))
@@ -406,9 +394,7 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
     assert_eq!(status(&held).host_node.as_deref(), Some("host1"));
     assert!(status(&held).launcher.is_some());
 
-    api.delete("vfc-u1", &DeleteParams::default())
-        .await
-        .unwrap();
+    harness.delete("vfc-u1").await;
     set(json!({"attachment": null})).await;
     // Another claim's whole way through the same queue: time enough to err.
     harness.create(&claim("u2")).await;
@@ -422,9 +408,7 @@ async fn a_claim_goes_only_when_its_vf_is_back() {
     set(json!({"device": null})).await;
     harness.gone(&made).await;
     // Granted but never allocated: at once.
-    api.delete("vfc-u2", &DeleteParams::default())
-        .await
-        .unwrap();
+    harness.delete("vfc-u2").await;
     harness.gone(&claim("u2")).await;
     harness.end().await;
 }

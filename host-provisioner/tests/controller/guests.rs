@@ -311,11 +311,7 @@ async fn the_report_has_classes_and_claims_and_is_quiet_when_nothing_changes() {
 
     harness.class("later", &[]).await;
     reported(1, 2).await;
-    harness
-        .claims()
-        .delete("vfc-u1", &DeleteParams::default())
-        .await
-        .unwrap();
+    harness.delete("vfc-u1").await;
     reported(0, 2).await;
     harness.end().await;
 }

@@ -13,7 +13,7 @@ use host_provisioner::controller::{Settings, run, vmi};
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::{GroupVersionKind, TypeMeta};
 use kube::discovery::pinned_kind;
 use kube::{Client, ResourceExt};
@@ -273,6 +273,12 @@ impl Harness {
         let namespace = claim.namespace().unwrap();
         let api = self.claims_in(&namespace);
         api.create(&PostParams::default(), claim).await.unwrap()
+    }
+
+    /// Deletes a claim as its guest does, and does not wait.
+    pub async fn delete(&self, name: &str) {
+        let deleted = self.claims().delete(name, &DeleteParams::default()).await;
+        deleted.unwrap();
     }
 
     /// Waits until the claim's condition has this reason.

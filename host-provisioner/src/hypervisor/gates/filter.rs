@@ -310,45 +310,34 @@ const fn low(value: u64) -> u32 {
     value as u32
 }
 
-fn alu64(operation: u8, a: u64, b: u64) -> Option<u64> {
-    let shift = u32::try_from(b & 63).ok()?;
-    Some(match operation {
-        0x0 => a.wrapping_add(b),
-        0x1 => a.wrapping_sub(b),
-        0x2 => a.wrapping_mul(b),
-        0x3 => a.checked_div(b).unwrap_or(0),
-        0x4 => a | b,
-        0x5 => a & b,
-        0x6 => a << shift,
-        0x7 => a >> shift,
-        0x8 => a.wrapping_neg(),
-        0x9 => a.checked_rem(b).unwrap_or(a),
-        0xa => a ^ b,
-        0xb => b,
-        0xc => (a.cast_signed() >> shift).cast_unsigned(),
-        _ => return None,
-    })
+/// The arithmetic of both widths: the operations are the same, the shift's mask is not.
+/// What BPF defines for a zero divisor: 0, and the dividend as the remainder.
+macro_rules! alu {
+    ($name:ident, $word:ty, $mask:literal) => {
+        fn $name(operation: u8, a: $word, b: $word) -> Option<$word> {
+            let shift = b & $mask;
+            Some(match operation {
+                0x0 => a.wrapping_add(b),
+                0x1 => a.wrapping_sub(b),
+                0x2 => a.wrapping_mul(b),
+                0x3 => a.checked_div(b).unwrap_or(0),
+                0x4 => a | b,
+                0x5 => a & b,
+                0x6 => a << shift,
+                0x7 => a >> shift,
+                0x8 => a.wrapping_neg(),
+                0x9 => a.checked_rem(b).unwrap_or(a),
+                0xa => a ^ b,
+                0xb => b,
+                0xc => (a.cast_signed() >> shift).cast_unsigned(),
+                _ => return None,
+            })
+        }
+    };
 }
 
-fn alu32(operation: u8, a: u32, b: u32) -> Option<u32> {
-    let shift = b & 31;
-    Some(match operation {
-        0x0 => a.wrapping_add(b),
-        0x1 => a.wrapping_sub(b),
-        0x2 => a.wrapping_mul(b),
-        0x3 => a.checked_div(b).unwrap_or(0),
-        0x4 => a | b,
-        0x5 => a & b,
-        0x6 => a << shift,
-        0x7 => a >> shift,
-        0x8 => a.wrapping_neg(),
-        0x9 => a.checked_rem(b).unwrap_or(a),
-        0xa => a ^ b,
-        0xb => b,
-        0xc => (a.cast_signed() >> shift).cast_unsigned(),
-        _ => return None,
-    })
-}
+alu!(alu64, u64, 63);
+alu!(alu32, u32, 31);
 
 fn compare(operation: u8, a: u64, b: u64, sa: i64, sb: i64) -> Option<bool> {
     Some(match operation {
