@@ -219,6 +219,11 @@ async fn a_device_comes_and_goes_with_its_event() {
         Unplug::Deleted,
         "a device that QEMU does not know is gone"
     );
+
+    // A port that is used again is as occupied as it was the first time.
+    qemu.plug("vfc-b", "pci.10").await;
+    let machine = session.machine().await.unwrap();
+    assert_eq!(plan::choose_port(&machine, 2).unwrap().id, "pci.9");
 }
 
 #[tokio::test]

@@ -40,10 +40,11 @@ pub fn children(list: &[ObjectPropertyInfo]) -> Vec<Peripheral> {
         .collect()
 }
 
-/// Whether a port's bus has a device: QOM names the first `child[0]`.
+/// Whether a port's bus has a device. QOM names it `child[N]`, and N counts every device that
+/// was ever plugged there (`bus_add_child` in QEMU's hw/core/qdev.c).
 #[must_use]
 pub fn is_occupied(bus: &[ObjectPropertyInfo]) -> bool {
-    bus.iter().any(|entry| entry.name == "child[0]")
+    bus.iter().any(|entry| entry.name.starts_with("child["))
 }
 
 /// A device in query-pci, with the number of the bus behind the bridge above it.
@@ -207,10 +208,11 @@ mod tests {
         let list: Vec<ObjectPropertyInfo> = serde_json::from_value(json!([
             {"name": "type", "type": "string"},
             {"name": "pci.1", "type": "child<pcie-root-port>"},
-            {"name": "child[0]", "type": "link<x>"},
+            {"name": "child[7]", "type": "link<x>"},
         ]))
         .unwrap();
         assert_eq!(children(&list).len(), 1);
         assert!(is_occupied(&list) && is_root_port(&children(&list)[0].type_));
+        assert!(!is_occupied(&list[..2]));
     }
 }
