@@ -31,13 +31,14 @@ systemd-run -q --unit={UNIT} --property=StandardOutput=truncate:/run/{UNIT} stdb
         sh(l1, &script).await?;
         let every = Duration::from_millis(300);
         wait::until("virsh to listen", Duration::from_secs(90), every, || async {
-            // Connected: the client holds a socket besides its standard streams.
+            // Connected: the client holds a socket besides its standard streams, which
+            // systemd may have made the journal's.
             let look = format!(
                 "pid=$(systemctl show -P MainPID {UNIT}); [[ $pid != 0 ]] || {{ systemctl status {UNIT}; exit 1; }}
-ls -l /proc/$pid/fd | grep -c socket: || true"
+for fd in /proc/$pid/fd/*; do (( ${{fd##*/}} > 2 )) && readlink $fd; done | grep -c ^socket: || true"
             );
             let sockets: u32 = sh(l1, &look).await?.parse()?;
-            Ok(if sockets >= 2 { Probe::Ready(()) } else { Probe::NotYet(format!("{sockets} sockets")) })
+            Ok(if sockets >= 1 { Probe::Ready(()) } else { Probe::NotYet("no connection yet".into()) })
         })
         .await?;
         Ok(Self)

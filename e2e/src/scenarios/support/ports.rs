@@ -26,12 +26,34 @@ impl Fillers {
                 json!({"driver": "virtio-rng-pci", "id": format!("{PREFIX}{port}"), "bus": port});
             lab.qemu.qmp(&lab.l1, "device_add", &device).await?;
         }
+        taken_up(lab).await?;
         Ok(Self)
     }
 
     pub async fn unplug(self, lab: &Lab<'_>) -> Result<()> {
         remove_all(lab).await
     }
+}
+
+/// Waits until the guest has given every filler its addresses: until then QEMU's device
+/// list still changes by itself.
+async fn taken_up(lab: &Lab<'_>) -> Result<()> {
+    let every = Duration::from_millis(500);
+    let limit = Duration::from_secs(60);
+    wait::until("the guest to take the fillers up", limit, every, || async {
+        let all = lab.qemu.pci(&lab.l1).await?;
+        let waiting: Vec<&str> = all
+            .iter()
+            .filter(|d| d.id.starts_with(PREFIX) && d.regions.contains(&-1))
+            .map(|d| d.id.as_str())
+            .collect();
+        Ok(if waiting.is_empty() {
+            Probe::Ready(())
+        } else {
+            Probe::NotYet(format!("{waiting:?}"))
+        })
+    })
+    .await
 }
 
 /// Removes every filler; the guest takes part, so each is waited for.
