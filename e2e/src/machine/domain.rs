@@ -67,12 +67,12 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     // 16384 exits into L1 (pcibios_fixup_peer_bridges in arch/x86/pci/legacy.c).
     //
     // notscdeadline, and cpu-pm below: the emulated SVM does not save the next instruction's
-    // address, so KVM skips an instruction by reading it through the guest's page tables; for
-    // a write of the deadline and for HLT it does so before it has taken over the guest's CR3
-    // (svm_exit_handlers_fastpath), walks tables that may be freed, and marks them accessed.
-    // Seen as triple faults of the VM every few minutes.
+    // address, so KVM skips an instruction by reading it through the guest's page tables. For
+    // a write of the deadline and for HLT a kernel before 6.17 does so with the CR3 of an
+    // earlier exit. It fits the triple faults that were seen; it is not proven (docs/status.md).
     let cmdline = format!(
-        "{KERNEL_ARGS} pci=lastbus=0 lapic=notscdeadline idle=halt modules_load={NODE_MODULES} harness.role=l2 systemd.hostname={} systemd.machine_id={} \
+        "{KERNEL_ARGS} pci=lastbus=0 lapic=notscdeadline idle=halt \
+         modules_load={NODE_MODULES} harness.role=l2 systemd.hostname={} systemd.machine_id={} \
          harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
         vm.name,
         vm.uuid.replace('-', ""),

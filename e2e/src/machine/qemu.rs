@@ -42,10 +42,11 @@ pub(super) struct Spec<'a> {
 /// - `highres`: a timer of the VM in L1 is an exit to set it and one to take it, and after an
 ///   exit the emulator walks the nested page tables anew. Timers on the tick's grid come
 ///   together.
+/// - `transparent_hugepage`: nothing moves a VM's memory while it runs; see docs/status.md.
 /// - `systemd.show_status`: each character on the serial line is two exits.
 pub(super) const KERNEL_ARGS: &str = "console=ttyS0 quiet panic=1 no_timer_check mitigations=off \
      init_on_alloc=0 cryptomgr.notests nowatchdog tsc=nowatchdog audit=0 highres=off edd=off \
-     systemd.show_status=false systemd.default_timeout_start_sec=600 \
+     transparent_hugepage=never systemd.show_status=false systemd.default_timeout_start_sec=600 \
      systemd.default_device_timeout_sec=600";
 /// What a node's network needs, loaded at boot.
 pub(super) const NODE_MODULES: &str = "overlay,br_netfilter,nf_conntrack";
@@ -60,8 +61,9 @@ pub(super) fn kernel_args(s: &Spec<'_>) -> String {
     // KVM's polling for a wake-up would take the core from what is to wake it.
     format!(
         "{KERNEL_ARGS} modules_load={NODE_MODULES},vfio-pci,kvm-amd kvm.halt_poll_ns=0 \
-         intel_iommu=on iommu=pt pci=disable_acs_redir=0000:00:{SHARED_PORT:02x}.0 harness.role=l1 \
-         systemd.hostname={} systemd.machine_id={} harness.net={NODE_MAC},{},{} harness.hosts={}",
+         intel_iommu=on iommu=pt pci=disable_acs_redir=0000:00:{SHARED_PORT:02x}.0 \
+         harness.role=l1 systemd.hostname={} systemd.machine_id={} \
+         harness.net={NODE_MAC},{},{} harness.hosts={}",
         s.name,
         UUID.replace('-', ""),
         s.address,
@@ -89,8 +91,7 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     // forget its translations oftener (pku, smap) or read more to make one (la57).
     arg("-cpu", "max,la57=off,pku=off,pks=off,smap=off");
     arg("-m", &s.memory_mib.to_string());
-    // With two, L1's kernel was seen to end in "corrupted stack end detected inside scheduler",
-    // always in the thread of the VM's vCPU; see docs/status.md.
+    // With two, the emulator loses its place at a #VMEXIT within minutes; see docs/status.md.
     arg("-smp", "1");
     arg("-display", "none");
     for flag in ["-no-user-config", "-nodefaults"] {
