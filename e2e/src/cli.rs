@@ -45,10 +45,9 @@ enum Verb {
     Test {
         /// Words of scenario names
         names: Vec<String>,
-        /// Without names: the scenarios on the emulated machines too. They are not yet in the
-        /// plain run; see docs/status.md
+        /// Without names: leave out the scenarios on the emulated machines
         #[arg(long)]
-        machines: bool,
+        no_machines: bool,
         /// Leave a data centre that this run set up running
         #[arg(long)]
         keep: bool,
@@ -191,15 +190,15 @@ async fn run(verb: Verb) -> Result<()> {
         }
         Verb::Test {
             names,
-            machines,
+            no_machines,
             keep,
             ..
         } => {
             let _one = cache::lock(&paths, "data-centre")?;
-            let most = if machines {
-                Needs::Machines
-            } else {
+            let most = if no_machines {
                 Needs::Clusters
+            } else {
+                Needs::Machines
             };
             test::run(paths, &names, most, keep).await
         }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::context::DataCentre;
 use crate::exec::Cmd;
+use crate::machine::Pulse;
 use crate::paths::Paths;
 use crate::progress::{self, clock};
 use crate::scenarios::Scenario;
@@ -130,10 +131,24 @@ pub(crate) fn read_libtest(text: &str) -> Seen {
     seen
 }
 
-/// Runs `scenarios` one after another; a failed one does not stop the others.
-pub async fn scenarios(dc: &DataCentre, scenarios: &[Scenario]) -> Result<Count> {
+/// How a row of scenarios ended.
+#[derive(Debug)]
+pub struct Ran {
+    pub count: Count,
+    /// What showed that an emulated machine was lost, and the number of the scenario that met
+    /// it: neither that one nor those after it are counted.
+    pub lost: Option<(usize, String)>,
+}
+
+/// Runs `scenarios` one after another; a failed one does not stop the others, unless a machine
+/// was lost under it. Without `pulse` there are no machines.
+pub async fn scenarios(
+    dc: &DataCentre,
+    scenarios: &[Scenario],
+    pulse: Option<&Pulse>,
+) -> Result<Ran> {
     let mut count = Count::default();
-    for s in scenarios {
+    for (number, s) in scenarios.iter().enumerate() {
         let begun = Instant::now();
         let step = progress::Step::begin(&format!("{}: {}", s.name, s.shows));
         let result = tokio::select! {
@@ -142,20 +157,24 @@ pub async fn scenarios(dc: &DataCentre, scenarios: &[Scenario]) -> Result<Count>
             stop = interrupt::wait() => return Err(stop.into()),
         };
         let took = clock(begun.elapsed());
-        match result {
-            Ok(()) => {
-                step.done();
-                println!("ok      {} ({took})", s.name);
-                count.passed += 1;
-            }
-            Err(e) => {
-                drop(step);
-                println!("FAILED  {} ({took}): {e:#}", s.name);
-                count.failed += 1;
-            }
+        let Err(e) = result else {
+            step.done();
+            println!("ok      {} ({took})", s.name);
+            count.passed += 1;
+            continue;
+        };
+        drop(step);
+        if let Some(pulse) = pulse
+            && let Some(seen) = pulse.lost(dc).await
+        {
+            println!("LOST    {} ({took}): {seen}; what it met: {e:#}", s.name);
+            let lost = Some((number, seen));
+            return Ok(Ran { count, lost });
         }
+        println!("FAILED  {} ({took}): {e:#}", s.name);
+        count.failed += 1;
     }
-    Ok(count)
+    Ok(Ran { count, lost: None })
 }
 
 /// The last lines of a run: where the logs are if something failed, then the counts.

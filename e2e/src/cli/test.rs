@@ -4,8 +4,9 @@
 use anyhow::Result;
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::docker::Docker;
+use e2e::machine::Pulse;
 use e2e::paths::Paths;
-use e2e::runner::{self, Count};
+use e2e::runner::{self, Count, Ran};
 use e2e::scenarios::{self, Needs, Scenario};
 use e2e::{interrupt, logs, progress};
 
@@ -36,24 +37,59 @@ pub(crate) async fn run(paths: Paths, names: &[String], most: Needs, keep: bool)
     Ok(())
 }
 
-/// A data centre that cannot be set up counts as every scenario failed.
+/// How often a run sets its machines up anew after the emulator lost them.
+const ANEW: u32 = 2;
+
+/// Runs the scenarios. One that met the loss of an emulated machine runs again on new ones,
+/// and the run says so; with no try left it has failed, and those after it too.
 async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
-    let needs = wanted.iter().map(|s| s.needs).max();
-    let dc = match super::made_for(ctx, needs.unwrap_or(Needs::Clusters)).await {
-        Ok(dc) => dc,
-        Err(e) if interrupt::requested() => return Err(e),
-        Err(e) => {
-            println!("FAILED  setting up the data centre: {e:#}");
-            if let Ok(Some(dc)) = DataCentre::find(ctx.clone()).await {
-                logs::collect(&dc)?;
+    let mut count = Count::default();
+    let mut rest = wanted;
+    for left in (0..=ANEW).rev() {
+        let (ran, dc) = match set_up(ctx, rest).await {
+            Ok((dc, pulse)) => (
+                runner::scenarios(&dc, rest, pulse.as_ref()).await?,
+                Some(dc),
+            ),
+            Err(e) if interrupt::requested() => return Err(e),
+            Err(e) => {
+                let seen = format!("setting up the data centre: {e:#}");
+                println!("LOST    {seen}");
+                let lost = Some((0, seen));
+                let count = Count::default();
+                (Ran { count, lost }, DataCentre::find(ctx.clone()).await?)
             }
-            let failed = u64::try_from(wanted.len())?.max(1);
-            return Ok(Count { passed: 0, failed });
+        };
+        count = count.and(ran.count);
+        if ran.count.failed > 0 || ran.lost.is_some() {
+            if let Some(dc) = &dc {
+                progress::step("collecting logs", |_| logs::collect(dc))?;
+            }
         }
-    };
-    let count = runner::scenarios(&dc, wanted).await?;
-    if count.failed > 0 {
-        progress::step("collecting logs", |_| logs::collect(&dc))?;
+        let Some((at, seen)) = ran.lost else {
+            return Ok(count);
+        };
+        rest = rest.get(at..).unwrap_or_default();
+        if left > 0 {
+            println!("AGAIN   from here, with the data centre set up anew: {seen}");
+            context::down(ctx)?;
+        }
     }
+    for s in rest {
+        println!("FAILED  {}: the machines were lost too often", s.name);
+    }
+    count.failed += u64::try_from(rest.len())?.max(1);
     Ok(count)
+}
+
+/// As much of the data centre as `wanted` needs, and the pulse of its machines.
+async fn set_up(ctx: &Ctx, wanted: &[Scenario]) -> Result<(DataCentre, Option<Pulse>)> {
+    let needs = wanted.iter().map(|s| s.needs).max();
+    let needs = needs.unwrap_or(Needs::Clusters);
+    let dc = super::made_for(ctx, needs).await?;
+    let pulse = match needs {
+        Needs::Machines => Some(Pulse::take(&dc).await?),
+        Needs::Clusters => None,
+    };
+    Ok((dc, pulse))
 }

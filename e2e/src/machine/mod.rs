@@ -14,6 +14,7 @@ mod l2;
 mod network;
 mod newc;
 mod objects;
+mod pulse;
 mod qemu;
 mod switch;
 mod trace;
@@ -26,6 +27,7 @@ pub use domain::Vm;
 pub use frame::Kind as FrameKind;
 pub use l1::{L1, NODE, SWITCH_ADDRESSES};
 pub use l2::L2;
+pub use pulse::Pulse;
 pub use switch::{Count, Seen, Stats, Switch, SwitchArgs, serve as switch};
 pub use trace::{TraceEvent, TraceKind};
 
