@@ -61,10 +61,9 @@ async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
             }
         };
         count = count.and(ran.count);
-        if ran.count.failed > 0 || ran.lost.is_some() {
-            if let Some(dc) = &dc {
-                progress::step("collecting logs", |_| logs::collect(dc))?;
-            }
+        let went_wrong = ran.count.failed > 0 || ran.lost.is_some();
+        if let (true, Some(dc)) = (went_wrong, &dc) {
+            progress::step("collecting logs", |_| logs::collect(dc))?;
         }
         let Some((at, seen)) = ran.lost else {
             return Ok(count);
