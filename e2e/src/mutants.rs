@@ -21,7 +21,7 @@ use crate::docker::Docker;
 use crate::exec::Cmd;
 use crate::paths::Paths;
 use crate::runner::{Count, cargo, read_libtest};
-use crate::{interrupt, progress, tools};
+use crate::{debian, interrupt, progress, tools};
 
 const BUILD: Duration = Duration::from_secs(45 * 60);
 const RUN: Duration = Duration::from_secs(60 * 60);
@@ -47,6 +47,7 @@ enum Red {
 /// files with new times, without which cargo would take an earlier break for built.
 pub fn run(paths: &Paths, words: &[String]) -> Result<Count> {
     let mut count = Count::default();
+    debian::ensure(paths, &["patch"])?;
     let patches = patches(&paths.source().join("e2e/mutants"), words)?;
     let tree = paths.cache().join("mutants");
     copy(paths.source(), &tree)?;
@@ -245,11 +246,22 @@ mod tests {
     }
 
     #[test]
-    fn every_patch_of_the_tree_says_what_goes_red() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("mutants");
-        for patch in patches(&dir, &[]).unwrap() {
+    fn every_patch_of_the_tree_applies_and_says_what_goes_red() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for patch in patches(&dir.join("mutants"), &[]).unwrap() {
             let text = std::fs::read_to_string(&patch).unwrap();
-            assert!(header(&text).is_some(), "{}", patch.display());
+            let red = header(&text);
+            assert!(red.is_some(), "{}", patch.display());
+            if let Some(Red::Scenario { name }) = red {
+                let scenarios = crate::scenarios::all();
+                assert!(scenarios.iter().any(|s| s.name.contains(&name)), "{name}");
+            }
+            Cmd::new("git")
+                .args(["apply", "--check"])
+                .arg(&patch)
+                .cwd(dir.join(".."))
+                .run()
+                .unwrap();
         }
     }
 }
