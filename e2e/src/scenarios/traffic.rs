@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use futures::FutureExt;
 
 use super::support::l2::{self, Counter, Net};
-use super::support::site::{GUEST_ADDRESSES, PEER};
-use super::support::{Attached, Lab, Wish, l1, wire, writes};
+use super::support::site::{GUEST_ADDRESSES, L2_NODE, PEER};
+use super::support::{Attached, Lab, Wish, wire, writes};
 use super::{Scenario, scenario};
 
 /// Longest three pings may take.
@@ -100,11 +100,10 @@ async fn vm_not_restarted(lab: &Lab<'_>) -> Result<()> {
         "{first}, {}, {last}",
         attached.1
     );
-    let qemu = l1::Qemu::find(&lab.l1, &lab.qemu.domain).await?;
+    let pid = lab.machine.l2(L2_NODE).await?.qemu_pid();
     ensure!(
-        qemu.pid == lab.qemu.pid,
-        "QEMU is process {}, was {}",
-        qemu.pid,
+        pid == lab.qemu.pid,
+        "QEMU is process {pid}, was {}",
         lab.qemu.pid
     );
     counter.stop(&lab.l2).await

@@ -124,24 +124,11 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Finds it by its command line.
-    pub async fn find(l1: &dyn Shell, domain: &str) -> Result<Self> {
-        let script = format!(
-            r#"for p in $(pgrep -x qemu-system-x86); do
-                tr '\0' ' ' </proc/$p/cmdline | grep -q -- 'guest={domain}[, ]' && echo $p
-            done; true"#
-        );
-        let text = sh(l1, &script).await?;
-        let pids: Vec<&str> = text.lines().collect();
-        match pids.as_slice() {
-            [pid] => Ok(Self {
-                pid: pid.parse()?,
-                domain: domain.to_owned(),
-            }),
-            other => bail!(
-                "domain {domain} has {} QEMU processes: {other:?}",
-                other.len()
-            ),
+    #[must_use]
+    pub fn of(pid: u32, domain: &str) -> Self {
+        Self {
+            pid,
+            domain: domain.to_owned(),
         }
     }
 
@@ -178,12 +165,7 @@ impl Qemu {
 
     /// Those that the project plugged in.
     pub async fn ours(&self, l1: &dyn Shell) -> Result<Vec<PciDevice>> {
-        Ok(self
-            .pci(l1)
-            .await?
-            .into_iter()
-            .filter(|d| d.id.starts_with("vfc-"))
-            .collect())
+        Ok(ours(self.pci(l1).await?))
     }
 
     /// Soft and hard limit of locked memory, in bytes or `unlimited`.
@@ -225,6 +207,13 @@ LC_ALL=C bash -c 'echo $$ >/sys/fs/cgroup'"$cg"'/cgroup.procs && exec 3<>/dev/vf
             bail!("opening /dev/vfio/{name} in QEMU's cgroup said {text:?}")
         }
     }
+}
+
+/// Those devices that the project plugged in.
+#[must_use]
+pub fn ours(mut devices: Vec<PciDevice>) -> Vec<PciDevice> {
+    devices.retain(|d| d.id.starts_with("vfc-"));
+    devices
 }
 
 /// A PCI device in `query-pci`.

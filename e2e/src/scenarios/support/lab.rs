@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
+use tokio::sync::OnceCell;
 
 use super::far::{Shell, sh};
 use super::site::{self, Switch, TraceEvent};
@@ -19,6 +20,9 @@ use crate::machine::{self, L1, L2, Machine};
 
 /// Whether the last scenario of this process tidied up; at its start nobody knows.
 static LEFT_TIDY: AtomicBool = AtomicBool::new(false);
+/// The PFs, found once in a process: their objects, addresses and names follow from L1's
+/// command line, and each look costs an emulated machine a second.
+static FOUND: OnceCell<[Pf; 3]> = OnceCell::const_new();
 /// Label of every object that a scenario makes, so that all can be found and removed.
 pub const MARK: &str = "e2e.sriov.harvesterhci.io/scenario";
 
@@ -77,15 +81,12 @@ impl<'a> Lab<'a> {
         let machine = machine::find(dc)?;
         let l1 = machine.l1().clone();
         let l2 = machine.l2(site::L2_NODE).await?;
-        let [wired, uplink, shared] = site::PF_MACS;
         let pfs = Pfs {
             host: &host,
             l1: &l1,
         };
-        let wired = pfs.by_mac(wired).await?;
-        let uplink = pfs.by_mac(uplink).await?;
-        let shared = pfs.by_mac(shared).await?;
-        let qemu = l1::Qemu::find(&l1, site::L2_DOMAIN).await?;
+        let [wired, uplink, shared] = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
+        let qemu = l1::Qemu::of(l2.qemu_pid(), site::L2_DOMAIN);
         let switch = machine.switch();
         let lab = Self {
             machine,
@@ -129,11 +130,15 @@ for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; tru
         sh(&self.l1, "systemctl stop 'e2e-*'; rm -f /run/e2e-*; true").await?;
         claims::remove_all(self).await?;
         kinds::remove_all(self).await?;
-        ports::remove_all(self).await?;
+        let mut all = self.qemu.pci(&self.l1).await?;
+        if ports::any(&all) {
+            ports::remove_all(self).await?;
+            all = self.qemu.pci(&self.l1).await?;
+        }
+        let left = l1::ours(all);
         for pf in [&self.uplink, &self.shared] {
             self.manage(pf, false).await?;
         }
-        let left = self.qemu.ours(&self.l1).await?;
         if !left.is_empty() {
             bail!("QEMU still has {left:?}");
         }
@@ -156,6 +161,15 @@ struct Pfs<'a> {
 }
 
 impl Pfs<'_> {
+    async fn all(&self) -> Result<[Pf; 3]> {
+        let [wired, uplink, shared] = site::PF_MACS;
+        Ok([
+            self.by_mac(wired).await?,
+            self.by_mac(uplink).await?,
+            self.by_mac(shared).await?,
+        ])
+    }
+
     /// The PF with this hardware address: where the kernel has it, then its object.
     async fn by_mac(&self, mac: &str) -> Result<Pf> {
         let script = format!(

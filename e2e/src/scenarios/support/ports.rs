@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
+use super::l1::PciDevice;
 use super::lab::Lab;
 use crate::wait::{self, Probe};
 
@@ -54,6 +55,11 @@ async fn taken_up(lab: &Lab<'_>) -> Result<()> {
         })
     })
     .await
+}
+
+/// Whether a filler is among these devices.
+pub(super) fn any(devices: &[PciDevice]) -> bool {
+    devices.iter().any(|d| d.id.starts_with(PREFIX))
 }
 
 /// Removes every filler; the guest takes part, so each is waited for.
