@@ -50,8 +50,9 @@ pub(crate) fn cargo() -> Cmd {
 /// Runs `cargo test` of the workspace with the API server's programs at hand.
 pub fn unit(paths: &Paths) -> Result<Count> {
     let log = paths.run_logs().join("cargo-test.log");
-    // The monitor's tests talk to a real QEMU, the netlink tests use ip, the initramfs's cpio.
-    debian::ensure(paths, &["iproute2", "qemu-system-x86", "cpio"])?;
+    // The monitor's tests talk to a real QEMU, the netlink tests use ip, the initramfs's cpio,
+    // those of the mutants git.
+    debian::ensure(paths, &["iproute2", "qemu-system-x86", "cpio", "git"])?;
     let out = progress::step("unit and API-server tests (cargo test --workspace)", |_| {
         cargo()
             .args(["test", "--workspace", "--no-fail-fast", "--color=never"])
