@@ -45,7 +45,7 @@ async fn taken_up(lab: &Lab<'_>) -> Result<()> {
         let all = lab.qemu.pci(&lab.l1).await?;
         let waiting: Vec<&str> = all
             .iter()
-            .filter(|d| d.id.starts_with(PREFIX) && d.regions.contains(&-1))
+            .filter(|d| is_filler(d) && d.regions.contains(&-1))
             .map(|d| d.id.as_str())
             .collect();
         Ok(if waiting.is_empty() {
@@ -59,7 +59,11 @@ async fn taken_up(lab: &Lab<'_>) -> Result<()> {
 
 /// Whether a filler is among these devices.
 pub(super) fn any(devices: &[PciDevice]) -> bool {
-    devices.iter().any(|d| d.id.starts_with(PREFIX))
+    devices.iter().any(is_filler)
+}
+
+fn is_filler(device: &PciDevice) -> bool {
+    device.id.starts_with(PREFIX)
 }
 
 /// Removes every filler; the guest takes part, so each is waited for.
@@ -82,8 +86,8 @@ pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
                 let all = lab.qemu.pci(&lab.l1).await?;
                 let left: Vec<&str> = all
                     .iter()
+                    .filter(|d| is_filler(d))
                     .map(|d| d.id.as_str())
-                    .filter(|i| i.starts_with(PREFIX))
                     .collect();
                 if left.is_empty() {
                     return Ok(Probe::Ready(()));
