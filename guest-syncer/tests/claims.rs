@@ -313,6 +313,10 @@ async fn a_renewed_certificate_is_taken_up_and_a_missing_guest_cluster_said() {
         .delete("blue", &DeleteParams::default())
         .await
         .unwrap();
+    // The claim that is there says when the syncer knows: until then a new one goes up still.
+    world
+        .says("fast", "Synced", "False", "GuestClusterNotFound")
+        .await;
     world.claim("later", "w1").await;
     world
         .says("later", "Synced", "False", "GuestClusterNotFound")
