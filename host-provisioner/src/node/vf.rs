@@ -206,3 +206,6 @@ fn driver(pf: &PfFacts) -> Result<&'static dyn VfDriver, VfError> {
         driver: pf.driver.clone().unwrap_or_else(|| "none".to_owned()),
     })
 }
+
+#[cfg(test)]
+mod tests;

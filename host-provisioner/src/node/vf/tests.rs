@@ -1,0 +1,184 @@
+//! What is done to a VF, on a kernel that remembers every write and every device that was
+//! pulled from under its user.
+
+use common::api::DeviceStatus;
+
+use super::*;
+use crate::kernel::fake::{FakeKernel, Write, igb_pf};
+use crate::kernel::{MacAddr, VlanTag};
+
+const MAC: MacAddr = MacAddr([2, 0x5f, 0, 0, 0, 1]);
+
+fn stage() -> (FakeKernel, PfFacts) {
+    let pf = igb_pf("0000:01:00.0".parse().unwrap());
+    let kernel = FakeKernel::new([pf.clone()]);
+    (kernel, pf)
+}
+
+/// A PF with its seven VFs.
+fn filled() -> (FakeKernel, PfFacts, VfFacts) {
+    let (kernel, pf) = stage();
+    create(&kernel, &pf, 7).unwrap();
+    let vf = find(&kernel, &pf, 2).unwrap().unwrap();
+    (kernel, pf, vf)
+}
+
+fn wanted() -> VfConfig {
+    VfConfig {
+        mac: MAC,
+        vlan: Some(VlanTag { id: 100, qos: 0 }),
+        spoof_check: true,
+        trust: true,
+    }
+}
+
+fn device(index: u16) -> DeviceStatus {
+    serde_json::from_value(serde_json::json!({
+        "nodeName": "n", "physicalFunction": "pf", "vfIndex": index,
+    }))
+    .unwrap()
+}
+
+#[test]
+fn a_vf_goes_up_and_comes_back_as_it_was() {
+    let (kernel, pf, vf) = filled();
+    let before = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!((before.vf, before.configured), (Vf::Driverless, false));
+
+    let done = prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    assert_eq!(done.pci_address.as_deref(), Some(&*vf.address.to_string()));
+    assert_eq!(done.iommu_group, vf.iommu_group);
+    let up = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!(
+        (up.vf, up.configured, up.clean),
+        (Vf::VfioFree, true, false)
+    );
+    assert_eq!(
+        kernel.guest_mac(vf.address),
+        Some(MAC),
+        "set with the PF up"
+    );
+
+    clean(&kernel, &pf, 2).unwrap();
+    let down = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!((down.vf, down.clean), (Vf::Driverless, true));
+    assert_eq!(kernel.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn each_thing_is_written_once_and_the_function_reset_before_it_is_given_up() {
+    let (kernel, pf, vf) = filled();
+    prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    let before = kernel.writes().len();
+    // What is so already is not written again: a restarted agent may ask twice.
+    prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    assert_eq!(kernel.writes().len(), before);
+
+    clean(&kernel, &pf, 2).unwrap();
+    let after = kernel.writes().split_off(before);
+    let reset = after.iter().position(|w| *w == Write::Reset(vf.address));
+    let unbound = after.iter().position(|w| *w == Write::Unbind(vf.address));
+    assert!(reset.is_some() && reset < unbound, "{after:?}");
+}
+
+#[test]
+fn a_vf_that_somebody_holds_is_neither_prepared_nor_cleaned() {
+    let (kernel, pf, vf) = filled();
+    prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    let held = kernel.hold_group(vf.iommu_group.unwrap()).unwrap();
+    let before = kernel.writes();
+    let other = VfConfig {
+        vlan: None,
+        ..wanted()
+    };
+    for refused in [
+        prepare(&kernel, &pf, &device(2), &other).map(drop),
+        clean(&kernel, &pf, 2),
+    ] {
+        assert!(
+            matches!(refused, Err(VfError::Hold(HoldError::Busy { .. }))),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(look(&kernel, &pf, 2, &wanted()).unwrap().vf, Vf::VfioHeld);
+    assert_eq!(kernel.writes(), before);
+    drop(held);
+    clean(&kernel, &pf, 2).unwrap();
+    assert_eq!(kernel.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn another_drivers_vf_is_left_to_it() {
+    let (kernel, pf, vf) = filled();
+    kernel.give_driver(vf.address, Some("igbvf"));
+    let before = kernel.writes();
+    let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!(seen.vf, Vf::OtherDriver("igbvf".into()));
+    assert!(prepare(&kernel, &pf, &device(2), &wanted()).is_err());
+    assert!(clean(&kernel, &pf, 2).is_err());
+    assert_eq!(kernel.writes(), before);
+}
+
+#[test]
+fn a_group_with_a_stranger_is_refused_before_anything_is_written() {
+    let (kernel, pf, _) = filled();
+    kernel.without_isolation(pf.address);
+    let before = kernel.writes();
+    let refused = prepare(&kernel, &pf, &device(2), &wanted());
+    assert!(
+        matches!(refused, Err(VfError::NotIsolated(..))),
+        "{refused:?}"
+    );
+    assert_eq!(kernel.writes(), before);
+}
+
+#[test]
+fn an_absent_vf_is_seen_as_absent_and_an_error_to_touch() {
+    let (kernel, pf) = stage();
+    let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!((seen.vf, seen.clean), (Vf::Absent, true));
+    for refused in [
+        prepare(&kernel, &pf, &device(2), &wanted()).map(drop),
+        clean(&kernel, &pf, 2),
+    ] {
+        assert!(
+            matches!(refused, Err(VfError::NoVf { index: 2, .. })),
+            "{refused:?}"
+        );
+    }
+}
+
+#[test]
+fn fewer_vfs_than_asked_for_are_an_error_though_the_write_succeeded() {
+    let (kernel, pf) = stage();
+    kernel.make_at_most(pf.address, 3);
+    let error = create(&kernel, &pf, 7).unwrap_err();
+    assert!(error.to_string().contains('3'), "{error}");
+}
+
+#[test]
+fn a_cleaning_that_failed_half_way_can_be_done_again() {
+    let (kernel, pf, vf) = filled();
+    prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    for call in ["set_vf_config", "reset_function", "unbind"] {
+        kernel.fail_next(call, libc::EIO);
+        assert!(clean(&kernel, &pf, 2).is_err(), "{call}");
+        let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
+        assert!(!seen.clean, "after {call}: {seen:?}");
+    }
+    clean(&kernel, &pf, 2).unwrap();
+    assert!(look(&kernel, &pf, 2, &wanted()).unwrap().clean);
+    assert_eq!(find(&kernel, &pf, 2).unwrap().unwrap().driver, None);
+    assert_eq!(kernel.guest_mac(vf.address), None);
+}
+
+#[test]
+fn a_driver_without_a_backend_is_named() {
+    let (kernel, pf) = stage();
+    let pf = PfFacts {
+        driver: Some("tg3".into()),
+        ..pf
+    };
+    let error = create(&kernel, &pf, 1).unwrap_err().to_string();
+    assert!(error.contains("tg3"), "{error}");
+}
