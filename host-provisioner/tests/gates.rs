@@ -297,6 +297,33 @@ fn gates_open_for_one_device_and_close_without_a_trace() {
 }
 
 #[test]
+fn memlock_that_somebody_lowered_is_raised_again_while_a_device_is_attached() {
+    let stage = Stage::new();
+    stage.attach(&stage.leaf(), &deny_most());
+    let gates = stage.gates();
+    assert!(!gates.keep_memlock(POD).unwrap(), "nothing is attached");
+    gates.open(&stage.qemu(), GROUP, MEMLOCK).unwrap();
+    gates.close_device(POD, GROUP).unwrap();
+    assert!(!gates.keep_memlock(POD).unwrap(), "it is as we set it");
+
+    let lowered = Limit {
+        soft: Some(MEMLOCK / 2),
+        ..stage.limit()
+    };
+    memlock::set(stage.qemu().pid, lowered).unwrap();
+    assert!(gates.keep_memlock(POD).unwrap());
+    assert_eq!(stage.limit().soft, Some(MEMLOCK));
+
+    // An agent that was started since knows it too.
+    memlock::set(stage.qemu().pid, lowered).unwrap();
+    assert!(stage.gates().keep_memlock(POD).unwrap());
+    gates.close_all(POD).unwrap();
+    // What is put back is theirs, the last that somebody else set.
+    assert_eq!(stage.limit(), lowered);
+    assert!(!gates.keep_memlock(POD).unwrap(), "nothing is attached");
+}
+
+#[test]
 fn every_program_on_the_way_is_widened_and_put_back() {
     let stage = Stage::new();
     let parent = stage.leaf().parent().unwrap().to_owned();

@@ -150,6 +150,19 @@ async fn settle(vm: &Vm, id: &str, added: Result<(), HypervisorError>) -> Result
     }
 }
 
+/// Sees to it that QEMU may still lock what its attached devices need.
+pub async fn keep_memlock(agent: &Agent, claim: &VFClaim) -> Result<(), ReconcileError> {
+    let pod_uid = recorded(claim)?.attachment.pod_uid.clone();
+    let pod = pod_uid.clone();
+    if gates(agent, move |gates| gates.keep_memlock(&pod)).await? {
+        tracing::warn!(
+            pod = pod_uid,
+            "QEMU's memlock limit had been lowered and is raised again"
+        );
+    }
+    Ok(())
+}
+
 /// Waits until the guest has given the device its addresses.
 pub async fn await_guest(claim: &VFClaim, vm: &Vm) -> StepResult<String> {
     let Recorded { attachment, .. } = recorded(claim)?;

@@ -200,6 +200,7 @@ impl Walk {
                 }
             }
             Step::ReportAttached { guest_address } => {
+                attach::keep_memlock(&self.agent, &self.claim).await?;
                 let device = GuestDevice {
                     pci_address: guest_address.clone(),
                     mac_address: self.admitted()?.network.mac_address.clone(),

@@ -1,8 +1,8 @@
 //! The gates of a real host. Order and rollback; each gate itself is a module of its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cgroup::CgroupGate;
 use super::journal::{Device, Journal, Journals, MemlockRecord, NodeRecord};
@@ -55,8 +55,8 @@ pub struct HostGates {
     cgroup: CgroupGate,
     journals: Journals,
     boot_id: String,
-    /// One change at a time: a journal is read, changed and written.
-    turn: Mutex<()>,
+    /// By pod: one change at a time, for a journal is read, changed and written.
+    turns: Mutex<HashMap<String, Arc<Mutex<()>>>>,
 }
 
 impl HostGates {
@@ -71,16 +71,23 @@ impl HostGates {
             cgroup: CgroupGate::new(paths.cgroup, paths.pins)?,
             journals: Journals::open(paths.journal)?,
             boot_id,
-            turn: Mutex::new(()),
+            turns: Mutex::default(),
         })
     }
 
-    fn exclusively<T>(&self, work: impl FnOnce() -> Result<T, GateError>) -> Result<T, GateError> {
+    fn exclusively<T>(
+        &self,
+        pod_uid: &str,
+        work: impl FnOnce() -> Result<T, GateError>,
+    ) -> Result<T, GateError> {
         // A panic elsewhere poisons nothing that is not on disk.
-        let _turn = self
-            .turn
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            // Nobody else has, or waits for, a turn that only the map knows.
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(turns.entry(pod_uid.to_owned()).or_default())
+        };
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         work()
     }
 
@@ -137,6 +144,7 @@ impl HostGates {
             nodes: Vec::new(),
             programs: Vec::new(),
             memlock: None,
+            memlock_needed: 0,
         })
     }
 
@@ -380,7 +388,7 @@ impl Gates for HostGates {
         if !qemu.user_ns_is_init {
             return Err(GateError::Refused(Unsupported::UserNamespace.to_string()));
         }
-        self.exclusively(|| {
+        self.exclusively(&qemu.pod_uid, || {
             if !self.proc.is_alive(qemu.pid, qemu.start_time)? {
                 return Err(LauncherError::Gone { pid: qemu.pid }.into());
             }
@@ -389,6 +397,7 @@ impl Gates for HostGates {
                 journal.open_groups.iter().copied().chain([group]).collect();
             journal.open_groups = groups.into_iter().collect();
             let wanted = self.wanted(&journal.open_groups)?;
+            journal.memlock_needed = journal.memlock_needed.max(needed);
             self.save(&journal)?;
             self.raise(&mut journal, needed)?;
             self.set_rules(&mut journal, &wanted)?;
@@ -398,22 +407,29 @@ impl Gates for HostGates {
     }
 
     fn close_device(&self, pod_uid: &str, group: u32) -> Result<(), GateError> {
-        self.exclusively(|| match self.journals.read(pod_uid)? {
+        self.exclusively(pod_uid, || match self.journals.read(pod_uid)? {
             Some(journal) => self.shut_group(journal, group),
             None => Ok(()),
         })
     }
 
     fn close_all(&self, pod_uid: &str) -> Result<(), GateError> {
-        self.exclusively(|| match self.journals.read(pod_uid)? {
+        self.exclusively(pod_uid, || match self.journals.read(pod_uid)? {
             Some(journal) => self.shut(journal),
             None => Ok(()),
         })
     }
 
-    fn keep_memlock(&self, qemu: &QemuProcess, needed: u64) -> Result<bool, GateError> {
-        self.exclusively(|| {
-            let mut journal = self.journal_for(qemu)?;
+    fn keep_memlock(&self, pod_uid: &str) -> Result<bool, GateError> {
+        self.exclusively(pod_uid, || {
+            let Some(mut journal) = self.journals.read(pod_uid)? else {
+                return Ok(false);
+            };
+            let this_boot = journal.boot_id == self.boot_id;
+            if !this_boot || !self.proc.is_alive(journal.pid, journal.start_time)? {
+                return Ok(false);
+            }
+            let needed = journal.memlock_needed;
             self.raise(&mut journal, needed)
         })
     }
@@ -429,26 +445,30 @@ impl Gates for HostGates {
         &self,
         still_attached: &dyn Fn(&Journal) -> bool,
     ) -> Result<Vec<Recovered>, GateError> {
-        self.exclusively(|| {
-            let mut recovered = Vec::new();
-            let mut pods = Vec::new();
-            for (pod_uid, journal) in self.journals.read_all()? {
-                pods.push(pod_uid.clone());
-                let (kept, result) = match journal {
-                    Ok(journal) => {
-                        let attached = still_attached(&journal);
-                        self.recover_one(journal, attached)
-                    }
-                    Err(e) => (true, Err(e)),
-                };
-                recovered.push(Recovered {
-                    pod_uid,
-                    kept,
-                    result,
-                });
-            }
-            self.cgroup.sweep(&pods)?;
-            Ok(recovered)
-        })
+        let mut recovered = Vec::new();
+        let mut pods = Vec::new();
+        for (pod_uid, journal) in self.journals.read_all()? {
+            pods.push(pod_uid.clone());
+            let (kept, result) = match journal {
+                Ok(journal) => {
+                    let attached = still_attached(&journal);
+                    let mut kept = true;
+                    let result = self.exclusively(&pod_uid, || {
+                        let (keep, result) = self.recover_one(journal, attached);
+                        kept = keep;
+                        result
+                    });
+                    (kept, result)
+                }
+                Err(e) => (true, Err(e)),
+            };
+            recovered.push(Recovered {
+                pod_uid,
+                kept,
+                result,
+            });
+        }
+        self.cgroup.sweep(&pods)?;
+        Ok(recovered)
     }
 }

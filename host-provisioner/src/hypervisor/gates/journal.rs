@@ -79,6 +79,9 @@ pub struct Journal {
     pub nodes: Vec<NodeRecord>,
     pub programs: Vec<ProgramRecord>,
     pub memlock: Option<MemlockRecord>,
+    /// The least limit that the attached devices need, in bytes, whoever set it.
+    #[serde(default)]
+    pub memlock_needed: u64,
 }
 
 /// A pod's UID and its journal, or why that cannot be read.
@@ -213,6 +216,7 @@ mod tests {
                 old_hard: None,
                 set: 1 << 31,
             }),
+            memlock_needed: 1 << 31,
         }
     }
 

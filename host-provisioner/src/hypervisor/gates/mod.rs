@@ -64,7 +64,7 @@ pub struct Recovered {
     pub result: Result<(), GateError>,
 }
 
-/// Opens and closes a launcher's gates. Blocking; one call at a time per pod.
+/// Opens and closes a launcher's gates. Blocking; calls about one pod take turns.
 pub trait Gates: Send + Sync + 'static {
     /// Reads what the memory decision needs (`memory::check`).
     fn memory_facts(
@@ -86,9 +86,10 @@ pub trait Gates: Send + Sync + 'static {
     /// Closes everything, once the VM's last VFIO device is gone or the VM itself is. Idempotent.
     fn close_all(&self, pod_uid: &str) -> Result<(), GateError>;
 
-    /// Raises memlock again if somebody lowered it below `memlock` while a VF is attached.
-    /// True when it had to.
-    fn keep_memlock(&self, qemu: &QemuProcess, memlock: u64) -> Result<bool, GateError>;
+    /// Raises memlock again if somebody lowered it below what the pod's attached devices need:
+    /// KubeVirt writes the same limit, and QEMU, which maps all memory again at a reboot, ends
+    /// when a map fails. True when it had to. Cheap: asks no monitor.
+    fn keep_memlock(&self, pod_uid: &str) -> Result<bool, GateError>;
 
     /// `VmLck` of this QEMU before its first VFIO device, as recorded; else what it is now.
     /// Part of `memory::needed_memlock`.
