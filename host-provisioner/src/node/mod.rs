@@ -2,12 +2,13 @@
 //!
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
-//! through them; `vf`, `attach`, `release` and `qemu` execute; `publish` reports.
+//! through them; `vf`, `attach`, `release`, `qemu` and `gone` execute; `publish` reports.
 
 mod agent;
 mod allocate;
 mod attach;
 mod error;
+mod gone;
 pub mod inventory;
 pub mod ledger;
 mod lock;
@@ -20,6 +21,8 @@ mod release;
 pub mod report;
 mod run;
 mod sessions;
+#[cfg(test)]
+mod stage;
 mod vf;
 
 pub use run::{NodeArgs, NodeError, run};

@@ -19,7 +19,7 @@ use super::pool::wanted_config;
 use super::qemu::{self, Vm};
 use super::report::{OWN, Outcome, conditions, waits_for};
 use super::vf::{self, VfError};
-use super::{allocate, attach, inventory, release};
+use super::{allocate, attach, gone, inventory, release};
 use crate::kernel::PfFacts;
 
 /// No claim needs more steps than this in one reconcile: more is a defect, and
@@ -83,22 +83,10 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
     let uid = cached.metadata.uid.as_deref().unwrap_or_default();
     let namespace = cached.metadata.namespace.as_deref().unwrap_or_default();
     let api: Api<VFClaim> = Api::namespaced(agent.client.clone(), namespace);
-    let claim = api
-        .get_opt(cached.metadata.name.as_deref().unwrap_or_default())
-        .await?;
-    let Some(claim) = claim.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
-        // A positive answer: that UID is gone.
-        agent.ledger.lock().forget(uid);
-        agent.tell_pool_changed();
+    let name = cached.metadata.name.as_deref().unwrap_or_default();
+    let Some(claim) = gone::read(agent, &api, name, uid).await? else {
         return Ok(None);
     };
-    let ours = claim
-        .status
-        .as_ref()
-        .is_some_and(|s| s.host_node.as_deref() == Some(agent.node_name.as_str()));
-    if !ours {
-        return Ok(None);
-    }
     Ok(Some(Walk {
         agent: Arc::clone(agent),
         api,
@@ -494,3 +482,6 @@ impl Walk {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

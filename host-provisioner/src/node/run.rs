@@ -27,7 +27,7 @@ use super::agent::{Agent, SharedLedger, Turns};
 use super::lock::{AgentLock, LockError};
 use super::sessions::Sessions;
 use super::vf::VfError;
-use super::{publish, reconcile};
+use super::{gone, publish, reconcile};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
@@ -241,13 +241,16 @@ async fn claims(agent: &Arc<Agent>, args: &NodeArgs, stop: CancellationToken) {
             |_, error, _| match *error {},
             Arc::clone(agent),
         )
-        .for_each(|done| async move {
-            if let Err(error) = done {
-                let gone = matches!(error, controller::Error::ObjectNotFound(_));
-                if !gone {
-                    tracing::warn!(%error, "claims");
+        .for_each(|done| {
+            match done {
+                Ok(_) => {}
+                Err(controller::Error::ObjectNotFound(claim)) => {
+                    // Not awaited here: it would hold up the others.
+                    tokio::spawn(gone::follow_up(Arc::clone(agent), *claim));
                 }
+                Err(error) => tracing::warn!(%error, "claims"),
             }
+            std::future::ready(())
         })
         .await;
 }

@@ -1,0 +1,199 @@
+//! An agent for tests: a real API server, the kernel that remembers, and no VM. Claims are
+//! as the controller leaves them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use common::api::{PhysicalFunction, VFClaim, VFClaimSpec, host_claim_name};
+use common::kube::Backoff;
+use common::kube::events::Events;
+use common::pci::PciAddress;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::runtime::reflector;
+use kube::{Api, Client};
+use serde_json::json;
+use test_apiserver::TestApiServer;
+use tokio::sync::watch;
+
+use super::agent::{Agent, SharedLedger, Turns};
+use super::inventory;
+use super::sessions::Sessions;
+use crate::hypervisor::gates::journal::Journal;
+use crate::hypervisor::gates::{GateError, Gates, Recovered};
+use crate::hypervisor::launcher::{Proc, QemuProcess};
+use crate::hypervisor::memory::MemoryFacts;
+use crate::hypervisor::{GuestMemory, Hypervisor, HypervisorError, Session};
+use crate::kernel::PfFacts;
+use crate::kernel::fake::{FakeKernel, igb_pf};
+
+pub(super) const NODE: &str = "harv-1";
+const NAMESPACE: &str = "default";
+const FINALIZER: &str = "test.example.org/kept";
+
+/// Nobody's: a host without VMs has no monitor and no gate.
+struct NoVm;
+
+#[async_trait]
+impl Hypervisor for NoVm {
+    async fn connect(&self, process: &QemuProcess) -> Result<Arc<dyn Session>, HypervisorError> {
+        Err(HypervisorError::Lost {
+            command: "none".into(),
+            reason: format!("process {} is none of a VM", process.pid),
+        })
+    }
+}
+
+impl Gates for NoVm {
+    fn memory_facts(
+        &self,
+        _: &QemuProcess,
+        _: GuestMemory,
+        _: u32,
+    ) -> Result<MemoryFacts, GateError> {
+        Err(GateError::Refused("there is no VM".into()))
+    }
+    fn open(&self, _: &QemuProcess, _: u32, _: u64) -> Result<(), GateError> {
+        Err(GateError::Refused("there is no VM".into()))
+    }
+    fn close_device(&self, _: &str, _: u32) -> Result<(), GateError> {
+        Ok(())
+    }
+    fn close_all(&self, _: &str) -> Result<(), GateError> {
+        Ok(())
+    }
+    fn keep_memlock(&self, _: &str) -> Result<bool, GateError> {
+        Ok(false)
+    }
+    fn locked_before(&self, _: &QemuProcess) -> Result<u64, GateError> {
+        Ok(0)
+    }
+    fn recover(&self, _: &dyn Fn(&Journal) -> bool) -> Result<Vec<Recovered>, GateError> {
+        Ok(Vec::new())
+    }
+}
+
+pub(super) struct Stage {
+    pub(super) agent: Arc<Agent>,
+    pub(super) kernel: FakeKernel,
+    pub(super) pf: PfFacts,
+    client: Client,
+    _server: TestApiServer,
+    _proc: tempfile::TempDir,
+}
+
+impl Stage {
+    /// One managed igb PF without VFs.
+    pub(super) async fn new() -> Self {
+        let server = TestApiServer::start().await.unwrap();
+        let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates");
+        server.install_crds(&crds).await.unwrap();
+        let client = server.admin();
+        let pf = igb_pf("0000:01:00.0".parse::<PciAddress>().unwrap());
+        let kernel = FakeKernel::new([pf.clone()]);
+        let proc = tempfile::tempdir().unwrap();
+
+        let name = inventory::physical_function_name(NODE, &pf.identity);
+        let mut object = PhysicalFunction::new(&name, inventory::new_spec(NODE, &pf));
+        object.spec.managed = true;
+        let (functions, mut writer) = reflector::store();
+        writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
+
+        let second = Duration::from_secs(1);
+        let agent = Agent {
+            client: client.clone(),
+            node_name: NODE.into(),
+            boot_id: "boot".into(),
+            kernel: Arc::new(kernel.clone()),
+            hypervisor: Arc::new(NoVm),
+            sessions: Sessions::default(),
+            gates: Arc::new(NoVm),
+            proc: Proc::new(proc.path()),
+            reserved_ports: 2,
+            events: Events::new(client.clone(), "test", None),
+            backoff: Backoff::new(second / 100, second),
+            pf_turns: Turns::default(),
+            vm_turns: Turns::default(),
+            pool_changed: watch::channel(()).0,
+            functions,
+            ledger: SharedLedger::default(),
+        };
+        Self {
+            agent: Arc::new(agent),
+            kernel,
+            pf,
+            client,
+            _server: server,
+            _proc: proc,
+        }
+    }
+
+    pub(super) fn claims(&self) -> Api<VFClaim> {
+        Api::namespaced(self.client.clone(), NAMESPACE)
+    }
+
+    /// A claim that the controller has granted and bound to this node.
+    pub(super) async fn claim(&self, mac: &str) -> VFClaim {
+        let uid = mac.replace(':', "");
+        let spec: VFClaimSpec = serde_json::from_value(json!({
+            "className": "gold",
+            "guest": {
+                "cluster": "blue", "clusterUID": "c", "namespace": "team", "name": "fast",
+                "uid": uid, "nodeName": "w1",
+                "systemUUID": "6d1a3a5e-4e5f-4b7a-9a43-0a7c1f2e3d4c",
+            },
+        }))
+        .unwrap();
+        let mut claim = VFClaim::new(&host_claim_name(&uid), spec);
+        claim.metadata.finalizers = Some(vec![FINALIZER.into()]);
+        let api = self.claims();
+        api.create(&PostParams::default(), &claim).await.unwrap();
+        let status = json!({"status": {
+            "hostNode": NODE,
+            "admitted": {
+                "observedGeneration": 1, "className": "gold", "classUID": "g",
+                "pfSelector": {}, "network": {
+                    "macAddress": mac, "spoofCheck": true, "trust": false,
+                },
+            },
+            "vm": {"namespace": "vms", "name": "w1", "uid": "vm"},
+            "launcher": {"vmiUID": "vmi", "podUID": "pod"},
+        }});
+        let name = host_claim_name(&uid);
+        api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+            .await
+            .unwrap()
+    }
+
+    /// Asks for the claim's deletion.
+    pub(super) async fn delete(&self, claim: &VFClaim) {
+        let name = claim.metadata.name.as_deref().unwrap();
+        self.claims()
+            .delete(name, &DeleteParams::default())
+            .await
+            .unwrap();
+    }
+
+    /// Deletes it, with nobody to keep it.
+    pub(super) async fn tear_off(&self, claim: &VFClaim) {
+        let name = claim.metadata.name.as_deref().unwrap();
+        let none = json!({"metadata": {"finalizers": null}});
+        self.claims()
+            .patch(name, &PatchParams::default(), &Patch::Merge(none))
+            .await
+            .unwrap();
+        self.delete(claim).await;
+    }
+
+    pub(super) async fn now(&self, claim: &VFClaim) -> VFClaim {
+        let name = claim.metadata.name.as_deref().unwrap();
+        self.claims().get(name).await.unwrap()
+    }
+
+    /// VFs that the ledger says somebody has.
+    pub(super) fn taken(&self) -> usize {
+        let ledger = self.agent.ledger.lock();
+        ledger.functions().map(|f| ledger.on(f).count()).sum()
+    }
+}
