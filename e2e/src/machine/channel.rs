@@ -1,14 +1,12 @@
-//! The command channel into a machine: a request is one line over a virtio-serial port,
-//! so it works without the machine's network and without Kubernetes. The guest's end is
-//! files/channel-agent. Touches the unix sockets of QEMU and lock files beside them.
+//! The harness's end of the command channel into a machine; the crate `channel` has the
+//! protocol and the guest's end. Touches the unix sockets of QEMU and lock files beside them.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use channel::protocol::{Answer, Request, Work};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -53,44 +51,30 @@ impl Output {
     }
 }
 
-/// One request, ready to be sent.
-pub(super) struct Request {
-    id: String,
-    line: String,
+impl From<Answer> for Output {
+    fn from(a: Answer) -> Self {
+        Self {
+            status: a.status,
+            stdout: a.stdout,
+            stderr: a.stderr,
+        }
+    }
 }
 
-impl Request {
-    pub(super) fn new(command: &str, stdin: &[u8], limit: Duration) -> Self {
-        let id = unique();
-        let line = format!(
-            "{id} {} {} {}",
-            limit.as_secs().max(1),
-            STANDARD.encode(command),
-            STANDARD.encode(stdin)
-        );
-        Self { id, line }
+/// A request of an id that no other has.
+pub(super) fn request(work: Work, limit: Duration) -> Request {
+    Request {
+        id: unique(),
+        seconds: limit.as_secs().max(1),
+        work,
     }
+}
 
-    pub(super) fn line(&self) -> &str {
-        &self.line
-    }
-
-    /// The answer in `line`; none if the line is about another request, as a caller that
-    /// gave up leaves behind.
-    pub(super) fn answer(&self, line: &str) -> Result<Option<Output>> {
-        let mut words = line.trim_end().split(' ');
-        if words.next() != Some(&self.id) {
-            return Ok(None);
-        }
-        let mut word = || words.next().unwrap_or_default();
-        let status = word().parse().context("the answer has no status")?;
-        let stdout = STANDARD.decode(word()).context("the answer's output")?;
-        let stderr = STANDARD.decode(word()).context("the answer's errors")?;
-        Ok(Some(Output {
-            status,
-            stdout,
-            stderr,
-        }))
+/// A shell command with its standard input.
+pub(super) fn command(command: &str, stdin: &[u8]) -> Work {
+    Work::Run {
+        command: command.to_owned(),
+        stdin: stdin.to_vec(),
     }
 }
 
@@ -120,10 +104,10 @@ impl Channel {
         }
     }
 
-    /// Runs `command` in the machine's root shell. As many run at once as there are
-    /// ports; one more waits for a free port.
-    pub(super) async fn run(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
-        let request = Request::new(command, stdin, limit);
+    /// Has `work` done in the machine. As much is done at once as there are ports; more
+    /// waits for a free port.
+    pub(super) async fn ask(&self, work: Work, limit: Duration) -> Result<Output> {
+        let request = request(work, limit);
         let (socket, _lock) = wait::until(
             "a free channel port",
             limit + GRACE,
@@ -133,8 +117,8 @@ impl Channel {
         .await?;
         tokio::time::timeout(limit + GRACE, talk(&socket, &request))
             .await
-            .with_context(|| format!("no answer within {limit:?} to `{command}`"))?
-            .with_context(|| format!("running `{command}`"))
+            .with_context(|| format!("no answer within {limit:?} to {:?}", request.work))?
+            .with_context(|| format!("asking for {:?}", request.work))
     }
 
     /// QEMU serves one peer of a port and lets others wait unheard: a lock says which
@@ -164,8 +148,8 @@ async fn talk(socket: &Path, request: &Request) -> Result<Output> {
         .await?;
     let mut lines = BufReader::new(stream).lines();
     while let Some(line) = lines.next_line().await? {
-        if let Some(output) = request.answer(&line)? {
-            return Ok(output);
+        if let Some(answer) = Answer::parse(&line, &request.id)? {
+            return Ok(answer.into());
         }
     }
     bail!("the machine hung up")
@@ -174,23 +158,6 @@ async fn talk(socket: &Path, request: &Request) -> Result<Output> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn answers_are_matched_by_id() {
-        let r = Request::new("true", b"in", Duration::from_secs(5));
-        let words: Vec<&str> = r.line().split(' ').collect();
-        assert_eq!(words.len(), 4);
-        assert_eq!(words[1], "5");
-        assert_eq!(STANDARD.decode(words[3]).unwrap(), b"in");
-        assert_eq!(r.answer("abc 0  ").unwrap(), None);
-        let o = r
-            .answer(&format!("{} 3 {} {}\n", words[0], STANDARD.encode("o"), ""))
-            .unwrap()
-            .unwrap();
-        assert_eq!((o.status, o.text().as_str()), (3, "o"));
-        assert!(o.ok("x").is_err());
-        assert!(r.answer(&format!("{} x", words[0])).is_err());
-    }
 
     #[tokio::test]
     async fn an_answer_of_an_earlier_caller_is_skipped() {
@@ -201,14 +168,19 @@ mod tests {
             let (r, mut w) = stream.into_split();
             let mut lines = BufReader::new(r).lines();
             while let Some(line) = lines.next_line().await.unwrap() {
-                if let Some((id, _)) = line.split_once(' ') {
-                    let text = format!("0000 1  \n{id} 0 {} \n", STANDARD.encode("hi"));
+                if let Ok(request) = Request::parse(&line) {
+                    let answer = Answer {
+                        stdout: b"hi".to_vec(),
+                        ..Answer::default()
+                    };
+                    let text = format!("0000 1  \n{}\n", answer.line(&request.id));
                     w.write_all(text.as_bytes()).await.unwrap();
                 }
             }
         });
         let channel = Channel::new(dir.path(), 1);
-        let out = channel.run("x", &[], Duration::from_secs(5)).await.unwrap();
+        let work = command("x", &[]);
+        let out = channel.ask(work, Duration::from_secs(5)).await.unwrap();
         assert_eq!(out.text(), "hi");
         server.abort();
     }

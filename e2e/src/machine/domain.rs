@@ -17,6 +17,9 @@ const VCPUS: u32 = 1;
 const CHANNEL_DIR: &str = "/var/run/harness-channel";
 /// The same without the link /var/run, which from outside the container would lead out of it.
 pub(super) const CHANNEL_DIR_REAL: &str = "/run/harness-channel";
+/// The harness's own monitor, beside libvirt's and the one that the agent uses.
+const MONITOR: &str = "/var/run/harness-channel/monitor.qmp";
+pub(super) const MONITOR_REAL: &str = "/run/harness-channel/monitor.qmp";
 /// The disk that lies below the VM's overlay, in its container.
 pub(super) const DISK: &str = "/dev/disk0";
 
@@ -133,6 +136,8 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     <qemu:arg value='cpu-pm=on'/>
     <qemu:arg value='-qmp'/>
     <qemu:arg value='unix:/var/run/kubevirt/vf-provisioner/qmp.sock,server=on,wait=off'/>
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:{MONITOR},server=on,wait=off'/>
   </qemu:commandline>
 </domain>
 ",

@@ -13,7 +13,7 @@ use crate::cache::{self, Key};
 use crate::exec::Cmd;
 use crate::paths::Paths;
 use crate::tools::Tools;
-use crate::{debian, progress};
+use crate::{debian, programs, progress};
 
 const SUITE: &str = "trixie";
 const PACKAGES: &str = "linux-image-amd64,qemu-system-x86,qemu-utils,libvirt-daemon-system,\
@@ -30,17 +30,7 @@ const DISK: &str = "10G";
 
 /// Path in the image, permissions, content.
 type File = (&'static str, u32, &'static str);
-const FILES: [File; 16] = [
-    (
-        "usr/lib/harness/channel-agent",
-        0o755,
-        include_str!("files/channel-agent"),
-    ),
-    (
-        "usr/lib/harness/channel-relay",
-        0o755,
-        include_str!("files/channel-relay"),
-    ),
+const FILES: [File; 14] = [
     (
         "usr/lib/harness/harness-network",
         0o755,
@@ -111,6 +101,13 @@ const FILES: [File; 16] = [
         0o644,
         include_str!("files/sysctl.conf"),
     ),
+];
+/// What the channel's agent is made from: its program is compiled only when they changed.
+const AGENT: [&str; 4] = [
+    include_str!("../../channel/src/main.rs"),
+    include_str!("../../channel/src/port.rs"),
+    include_str!("../../channel/src/protocol.rs"),
+    include_str!("../../channel/src/serve.rs"),
 ];
 /// Units that start at boot, and the target that wants them.
 const ENABLED: [(&str, &str); 5] = [
@@ -189,13 +186,17 @@ pub(super) fn ensure(paths: &Paths, tools: &Tools, images: &[PathBuf]) -> Result
     for (path, _, content) in FILES {
         key = key.text(path, content);
     }
+    for source in AGENT {
+        key = key.text("agent", source);
+    }
     for archive in images {
         // Archives are artefacts: their paths carry their key.
         key = key.text("image", archive.to_string_lossy().as_bytes());
     }
     let dir = cache::artefact(paths, "machine-image", &key, |out| {
+        let agent = programs::compile(paths, &["channel"])?.join("channel-agent");
         progress::step("making the machine image", |_| {
-            fill(out, &debian, tools, images)
+            fill(out, &debian, tools, &agent, images)
         })
     })?;
     open(&dir)
@@ -259,7 +260,7 @@ fn debian_root(paths: &Paths) -> Result<PathBuf> {
     Ok(dir.join("root.tar"))
 }
 
-fn fill(out: &Path, debian: &Path, tools: &Tools, images: &[PathBuf]) -> Result<()> {
+fn fill(out: &Path, debian: &Path, tools: &Tools, agent: &Path, images: &[PathBuf]) -> Result<()> {
     let root = out.join("root");
     std::fs::create_dir(&root)?;
     Cmd::new("tar")
@@ -273,6 +274,7 @@ fn fill(out: &Path, debian: &Path, tools: &Tools, images: &[PathBuf]) -> Result<
     for (path, permissions, content) in FILES {
         write(&root, path, permissions, content.as_bytes())?;
     }
+    install(agent, &root.join("usr/lib/harness/channel-agent"))?;
     units(&root)?;
     for (name, place) in [
         ("kubelet", "usr/bin"),

@@ -4,11 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ::channel::protocol::Work;
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 
-use super::channel::{Channel, Output};
+use super::channel::{self, Channel, Output};
 use super::image::Image;
 use super::switch::Switch;
 use super::trace::{self, TraceEvent};
@@ -62,7 +63,26 @@ impl L1 {
 
     /// Runs a shell command with `stdin`, for at most `limit`.
     pub async fn run_with(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
-        self.channel.run(command, stdin, limit).await
+        self.channel
+            .ask(channel::command(command, stdin), limit)
+            .await
+    }
+
+    /// Has the agent do other work than a command.
+    pub(super) async fn ask(&self, work: Work, limit: Duration) -> Result<Output> {
+        self.channel.ask(work, limit).await
+    }
+
+    /// Says `say` to a unix socket of L1 and returns all that is said up to a line with
+    /// `until` in it.
+    pub async fn talk(&self, socket: &str, say: &str, until: &str) -> Result<String> {
+        let work = Work::Talk {
+            socket: socket.to_owned(),
+            say: say.to_owned(),
+            until: until.to_owned(),
+        };
+        let out = self.ask(work, Duration::from_secs(60)).await?;
+        Ok(out.ok(&format!("talking to {socket}"))?.text())
     }
 
     /// Every write to sriov_numvfs and every driver bound or released since boot.

@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use ::channel::protocol::{Answer, Work};
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -13,8 +14,8 @@ use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
-use super::channel::{Output, Request};
-use super::domain::{self, CHANNEL_DIR_REAL, NAMESPACE, Vm};
+use super::channel::{self, Output};
+use super::domain::{self, CHANNEL_DIR_REAL, MONITOR_REAL, NAMESPACE, Vm};
 use super::l1::{self, L1};
 use super::objects;
 use crate::archive;
@@ -70,22 +71,43 @@ impl L2 {
 
     /// Runs a shell command with `stdin`, for at most `limit`.
     pub async fn run_with(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<Output> {
-        let request = Request::new(command, stdin, limit);
-        let relay = format!(
-            "exec /usr/lib/harness/channel-relay /proc/{}/root{CHANNEL_DIR_REAL} {}",
-            self.pid,
-            (limit + RELAY / 2).as_secs()
-        );
-        let line = format!("{}\n", request.line());
+        let request = channel::request(channel::command(command, stdin), limit);
+        let sockets = format!("/proc/{}/root{CHANNEL_DIR_REAL}", self.pid);
+        let relay = Work::Relay {
+            sockets: sockets.clone(),
+            request: request.line(),
+        };
         let out = self
             .l1
-            .run_with(&relay, line.as_bytes(), limit + RELAY)
+            .ask(relay, limit + RELAY)
             .await?
-            .ok(&relay)
+            .ok(&sockets)
             .with_context(|| format!("running `{command}` in {}", self.name))?;
-        request
-            .answer(&String::from_utf8_lossy(&out.stdout))?
-            .with_context(|| format!("{} answered another request", self.name))
+        let answer = Answer::parse(&String::from_utf8_lossy(&out.stdout), &request.id)?;
+        let answer = answer.with_context(|| format!("{} answered another request", self.name))?;
+        Ok(answer.into())
+    }
+
+    /// Executes one QMP command over the harness's own monitor of the VM's QEMU.
+    pub async fn qmp(&self, execute: &str, arguments: &Value) -> Result<Value> {
+        const ID: &str = "vf-e2e";
+        let socket = format!("/proc/{}/root{MONITOR_REAL}", self.pid);
+        let request = json!({"execute": execute, "arguments": arguments, "id": ID});
+        let say = format!("{}\n{request}\n", json!({"execute": "qmp_capabilities"}));
+        let said = self
+            .l1
+            .talk(&socket, &say, &format!("\"id\": \"{ID}\""))
+            .await?;
+        let last = said.lines().last().unwrap_or_default();
+        let mut answer: Value =
+            serde_json::from_str(last).with_context(|| format!("{execute}: QEMU said {last:?}"))?;
+        if let Some(error) = answer.get("error") {
+            anyhow::bail!("QEMU refused {execute}: {error}");
+        }
+        Ok(answer
+            .get_mut("return")
+            .map(Value::take)
+            .unwrap_or_default())
     }
 }
 
@@ -301,6 +323,15 @@ async fn join(l2: &L2, guest: &Cluster) -> Result<()> {
     let nodes: Api<Node> = Api::all(guest.client());
     l1::ready(&nodes, &l2.name).await?;
     Ok(())
+}
+
+/// Whether the VM's launcher runs still.
+pub(super) async fn runs(host: &Cluster, vm: &L2) -> Result<bool> {
+    let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
+    let pod = pods.get_opt(&objects::pod_name(&vm.name)).await?;
+    let same = pod.filter(|p| p.metadata.uid.as_deref() == Some(&vm.pod_uid));
+    let phase = same.and_then(|p| p.status).and_then(|s| s.phase);
+    Ok(phase.as_deref() == Some("Running"))
 }
 
 /// The VM `name`, by its launcher pod and QEMU's process in that pod's cgroup.

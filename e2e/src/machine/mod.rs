@@ -61,6 +61,12 @@ impl Machine {
         l2::find(&self.l1, &self.dc.host, name).await
     }
 
+    /// Whether the VM's launcher is still the one it had: a launcher's container ends with
+    /// its QEMU and is not started again.
+    pub async fn runs(&self, vm: &L2) -> Result<bool> {
+        l2::runs(&self.dc.host, vm).await
+    }
+
     /// Starts a VM on L1 and, as `vm` says, joins it to the guest's cluster.
     pub async fn start_vm(&self, vm: &Vm) -> Result<L2> {
         l2::up(&self.l1, &self.dc.host, &self.dc.guest, vm).await
