@@ -70,8 +70,8 @@ pub fn all() -> Vec<Scenario> {
     all
 }
 
-/// Those whose name contains one of `words`; if there are none, all that need no more than
-/// `most`. An error names the word that matches nothing.
+/// Those whose name is or, if none is, contains one of `words`; if there are no words, all
+/// that need no more than `most`. An error names the word that matches nothing.
 pub fn matching(words: &[String], most: Needs) -> anyhow::Result<Vec<Scenario>> {
     let all = all();
     for w in words {
@@ -83,11 +83,14 @@ pub fn matching(words: &[String], most: Needs) -> anyhow::Result<Vec<Scenario>> 
             );
         }
     }
+    let means = |word: &str, name: &str| {
+        name == word || (name.contains(word) && !all.iter().any(|s| s.name == word))
+    };
     let wanted = |s: &Scenario| match words {
         [] => s.needs <= most,
-        words => words.iter().any(|w| s.name.contains(w.as_str())),
+        words => words.iter().any(|w| means(w, s.name)),
     };
-    Ok(all.into_iter().filter(wanted).collect())
+    Ok(all.iter().filter(|s| wanted(s)).copied().collect())
 }
 
 #[cfg(test)]
@@ -101,6 +104,10 @@ mod tests {
         let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
         assert_eq!(names.len(), all.len());
         assert_eq!(matching(&[], Needs::Machines).unwrap().len(), all.len());
+        let one = matching(&["packets-flow".into()], Needs::Machines).unwrap();
+        assert_eq!(one.len(), 1);
+        let two = matching(&["packets-".into()], Needs::Machines).unwrap();
+        assert_eq!(two.len(), 2);
         let few = matching(&[], Needs::Clusters).unwrap();
         assert!(!few.is_empty() && few.len() < all.len());
         let Err(e) = matching(&["no-such-thing".into()], Needs::Machines) else {

@@ -213,10 +213,10 @@ async fn mac_in_use(lab: &Lab<'_>) -> Result<()> {
 
 async fn no_free_port(lab: &Lab<'_>) -> Result<()> {
     let fillers = Fillers::plug(lab).await?;
-    let before = lab.qemu.pci(&lab.l1).await?;
+    let before = lab.qemu.pci().await?;
     let claim = lab.create(&Wish::new("no-port")).await?;
     let said = speaks(lab, &claim, reason::NO_FREE_PORT, &["port"]).await;
-    let after = lab.qemu.pci(&lab.l1).await?;
+    let after = lab.qemu.pci().await?;
     fillers.unplug(lab).await?;
     said?;
     ensure!(before == after, "QEMU: {before:?} became {after:?}");

@@ -61,15 +61,12 @@ async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
     let counter = Counter::start(&lab.l2, "held").await?;
     let (pid, _) = counter.read(&lab.l2).await?;
     let trace = lab.trace().await?;
-    let devices = lab.qemu.ours(&lab.l1).await?;
+    let devices = lab.qemu.ours().await?;
 
     part.restart(lab).await?;
     let after = lab.ready(&claim).await?;
     ensure!(same(&before, &after), "{before:?} became {after:?}");
-    ensure!(
-        lab.qemu.ours(&lab.l1).await? == devices,
-        "QEMU's devices changed"
-    );
+    ensure!(lab.qemu.ours().await? == devices, "QEMU's devices changed");
     let now = lab.trace().await?;
     let touched = writes::between(&trace, &now)?;
     ensure!(touched.is_empty(), "the restart wrote {touched:?}");
@@ -144,7 +141,7 @@ async fn in_flight(lab: &Lab<'_>, part: Part) -> Result<()> {
 
 /// One device in QEMU, one in the guest, one VF bound.
 async fn once(lab: &Lab<'_>, claim: &Claim, now: &Attached, before: &[TraceEvent]) -> Result<()> {
-    let ours = lab.qemu.ours(&lab.l1).await?;
+    let ours = lab.qemu.ours().await?;
     ensure!(
         ours.len() == 1 && ours.iter().all(|d| d.id == claim.qemu_id()),
         "QEMU has {ours:?}"
@@ -171,7 +168,7 @@ async fn releasing(lab: &Lab<'_>) -> Result<()> {
     Part::Agent.restart(lab).await?;
     lab.gone(&claim).await?;
     ensure!(
-        lab.qemu.ours(&lab.l1).await?.is_empty(),
+        lab.qemu.ours().await?.is_empty(),
         "QEMU still has the device"
     );
     l2::gone(&lab.l2, &attached.guest_address).await?;

@@ -346,7 +346,7 @@ async fn step6_7(lab: &Lab<'_>) -> Result<()> {
 
 async fn step8(lab: &Lab<'_>) -> Result<()> {
     let (claim, attached) = lab.attach(&Wish::new("step8")).await?;
-    let ours = lab.qemu.ours(&lab.l1).await?;
+    let ours = lab.qemu.ours().await?;
     let [device] = ours.as_slice() else {
         anyhow::bail!("QEMU has {ours:?}")
     };

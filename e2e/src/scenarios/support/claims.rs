@@ -240,6 +240,9 @@ impl Lab<'_> {
             let Some(c) = c else {
                 bail!("claim {} is gone", claim.name)
             };
+            if truth(c, type_::READY) == Some("True") {
+                bail!("claim {} was not refused: it is Ready", claim.name)
+            }
             let found = conditions(c).and_then(|all| condition(all, type_));
             Ok(
                 match found.filter(|f| f.reason == reason && f.status != "True") {

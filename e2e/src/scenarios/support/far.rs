@@ -49,6 +49,46 @@ pub async fn sh_within(shell: &dyn Shell, script: &str, limit: Duration) -> Resu
     Ok(said.stdout.trim().to_owned())
 }
 
+/// Between what two scripts of one command said.
+const MARK: &str = "--e2e-next--";
+
+/// Standard outputs of `scripts`, run one after another by one command: every command is a
+/// process more, and those are what an emulated machine is slow at.
+pub async fn several(shell: &dyn Shell, scripts: &[String]) -> Result<Vec<String>> {
+    let said = sh(shell, &joined(scripts)).await?;
+    let outputs = outputs(&said);
+    anyhow::ensure!(
+        outputs.len() == scripts.len(),
+        "{} answers to {} scripts: {said}",
+        outputs.len(),
+        scripts.len()
+    );
+    Ok(outputs)
+}
+
+fn joined(scripts: &[String]) -> String {
+    let each = scripts
+        .iter()
+        .map(|s| format!("(\n{s}\n) || exit\nprintf '\\n%s\\n' {MARK}\n"));
+    each.collect()
+}
+
+fn outputs(said: &str) -> Vec<String> {
+    let mut outputs = vec![String::new()];
+    for line in said.lines() {
+        match outputs.last_mut() {
+            Some(last) if line != MARK => {
+                last.push_str(line);
+                last.push('\n');
+            }
+            _ => outputs.push(String::new()),
+        }
+    }
+    // The last mark has nothing behind it.
+    outputs.pop();
+    outputs.iter().map(|o| o.trim().to_owned()).collect()
+}
+
 /// How far a machine's clock is ahead of this one's, in microseconds, and how exactly
 /// that is known: half of the shortest round trip of a few.
 pub async fn clock_offset(shell: &dyn Shell) -> Result<(i64, i64)> {
@@ -70,4 +110,30 @@ pub async fn clock_offset(shell: &dyn Shell) -> Result<(i64, i64)> {
 pub fn now_us() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| i64::try_from(d.as_micros()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_script_has_its_output_and_one_that_fails_ends_all() {
+        let run = |scripts: &[&str]| {
+            let scripts: Vec<String> = scripts.iter().map(|s| (*s).to_owned()).collect();
+            let out = std::process::Command::new("bash")
+                .args(["-c", &joined(&scripts)])
+                .output()
+                .unwrap();
+            (
+                out.status.code(),
+                outputs(&String::from_utf8_lossy(&out.stdout)),
+            )
+        };
+        let (status, said) = run(&["echo a; echo b", "cd /; true", "printf c # end"]);
+        assert_eq!(
+            (status, said),
+            (Some(0), vec!["a\nb".into(), String::new(), "c".into()])
+        );
+        assert_eq!(run(&["echo a", "false", "echo c"]).0, Some(1));
+    }
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::far::{Shell, sh};
+use crate::machine::L2;
 
 /// A VF as sysfs has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +30,13 @@ pub struct KernelPf {
 
 /// What the kernel says of the PF at `address`.
 pub async fn pf(l1: &dyn Shell, address: &str) -> Result<KernelPf> {
+    read_pf(&sh(l1, &pf_script(address)).await?)
+}
+
+/// Asks for a PF; [`read_pf`] reads the answer.
+pub(super) fn pf_script(address: &str) -> String {
     // Bash alone: every process costs an emulated machine dearly.
-    let script = format!(
+    format!(
         r#"shopt -s nullglob; cd /sys/bus/pci/devices/{address}
 echo "numvfs $(<sriov_numvfs)"
 for n in net/*; do echo "net ${{n#net/}}"; done
@@ -41,11 +47,10 @@ for l in virtfn*; do
         for m in $d/iommu_group/devices/*; do members+=" ${{m##*/}}"; done
     echo "vf ${{l#virtfn}} ${{d##*/}} ${{driver##*/}} ${{group##*/}}$members"
 done"#
-    );
-    read_pf(&sh(l1, &script).await?)
+    )
 }
 
-fn read_pf(text: &str) -> Result<KernelPf> {
+pub(super) fn read_pf(text: &str) -> Result<KernelPf> {
     let mut found = KernelPf {
         num_vfs: 0,
         interface: None,
@@ -83,12 +88,17 @@ pub struct VfSettings {
 
 /// Settings of every VF of the PF whose interface is `interface`, by VF index.
 pub async fn vf_settings(l1: &dyn Shell, interface: &str) -> Result<BTreeMap<u16, VfSettings>> {
-    let text = sh(l1, &format!("ip -json -details link show dev {interface}")).await?;
-    read_settings(&text).with_context(|| format!("from ip link of {interface}: {text}"))
+    read_settings(&sh(l1, &settings_script(interface)).await?)
 }
 
-fn read_settings(text: &str) -> Result<BTreeMap<u16, VfSettings>> {
-    let links: Value = serde_json::from_str(text)?;
+/// Asks for VFs' settings; [`read_settings`] reads the answer.
+pub(super) fn settings_script(interface: &str) -> String {
+    format!("ip -json -details link show dev {interface}")
+}
+
+pub(super) fn read_settings(text: &str) -> Result<BTreeMap<u16, VfSettings>> {
+    let links: Value =
+        serde_json::from_str(text).with_context(|| format!("ip link said {text:?}"))?;
     let vfs = links.pointer("/0/vfinfo_list").and_then(Value::as_array);
     let mut all = BTreeMap::new();
     for vf in vfs.into_iter().flatten() {
@@ -116,19 +126,21 @@ fn read_settings(text: &str) -> Result<BTreeMap<u16, VfSettings>> {
     Ok(all)
 }
 
-/// The QEMU process of a libvirt domain, seen from L1.
+/// The QEMU process of the VM, seen from L1.
 #[derive(Clone, Debug)]
 pub struct Qemu {
     pub pid: u32,
     pub domain: String,
+    vm: L2,
 }
 
 impl Qemu {
     #[must_use]
-    pub fn of(pid: u32, domain: &str) -> Self {
+    pub fn of(vm: &L2, domain: &str) -> Self {
         Self {
-            pid,
+            pid: vm.qemu_pid(),
             domain: domain.to_owned(),
+            vm: vm.clone(),
         }
     }
 
@@ -142,20 +154,14 @@ impl Qemu {
         )
     }
 
-    /// One QMP command through libvirt's monitor, which is not the agent's socket.
-    pub async fn qmp(&self, l1: &dyn Shell, execute: &str, arguments: &Value) -> Result<Value> {
-        let request = serde_json::json!({"execute": execute, "arguments": arguments});
-        let script = self.virsh(&format!("qemu-monitor-command {} '{request}'", self.domain));
-        let answer: Value = serde_json::from_str(&sh(l1, &script).await?)?;
-        if let Some(error) = answer.get("error") {
-            bail!("QEMU refused {execute}: {error}");
-        }
-        Ok(answer.get("return").cloned().unwrap_or(Value::Null))
+    /// One QMP command over the harness's own monitor, which is not the agent's.
+    pub async fn qmp(&self, execute: &str, arguments: &Value) -> Result<Value> {
+        self.vm.qmp(execute, arguments).await
     }
 
     /// Every PCI device QEMU has: qdev id (may be empty) and what `query-pci` says.
-    pub async fn pci(&self, l1: &dyn Shell) -> Result<Vec<PciDevice>> {
-        let buses = self.qmp(l1, "query-pci", &serde_json::json!({})).await?;
+    pub async fn pci(&self) -> Result<Vec<PciDevice>> {
+        let buses = self.qmp("query-pci", &serde_json::json!({})).await?;
         let mut all = Vec::new();
         for bus in buses.as_array().into_iter().flatten() {
             collect(bus.get("devices"), &mut all);
@@ -164,30 +170,30 @@ impl Qemu {
     }
 
     /// Those that the project plugged in.
-    pub async fn ours(&self, l1: &dyn Shell) -> Result<Vec<PciDevice>> {
-        Ok(ours(self.pci(l1).await?))
+    pub async fn ours(&self) -> Result<Vec<PciDevice>> {
+        Ok(ours(self.pci().await?))
     }
 
     /// Soft and hard limit of locked memory, in bytes or `unlimited`.
     pub async fn memlock(&self, l1: &dyn Shell) -> Result<String> {
-        sh(
-            l1,
-            &format!("grep '^Max locked memory' /proc/{}/limits", self.pid),
-        )
-        .await
+        sh(l1, &self.memlock_script()).await
+    }
+
+    pub(super) fn memlock_script(&self) -> String {
+        format!("grep '^Max locked memory' /proc/{}/limits", self.pid)
     }
 
     /// Nodes below /dev/vfio as the container has them, with device numbers.
     pub async fn vfio_nodes(&self, l1: &dyn Shell) -> Result<Vec<String>> {
-        let script = format!(
+        Ok(read_nodes(&sh(l1, &self.nodes_script()).await?))
+    }
+
+    /// Asks for the nodes; [`read_nodes`] reads the answer.
+    pub(super) fn nodes_script(&self) -> String {
+        format!(
             "d=/proc/{}/root/dev/vfio; [[ -d $d ]] && stat -c '%n %F %t:%T' $d/* 2>/dev/null; true",
             self.pid
-        );
-        let text = sh(l1, &script).await?;
-        Ok(text
-            .lines()
-            .map(|l| l.rsplit("/dev/vfio/").next().unwrap_or(l).to_owned())
-            .collect())
+        )
     }
 
     /// Whether a process in QEMU's cgroup is let through to device `name` of /dev/vfio, by
@@ -207,6 +213,11 @@ LC_ALL=C bash -c 'echo $$ >/sys/fs/cgroup'"$cg"'/cgroup.procs && exec 3<>/dev/vf
             bail!("opening /dev/vfio/{name} in QEMU's cgroup said {text:?}")
         }
     }
+}
+
+pub(super) fn read_nodes(text: &str) -> Vec<String> {
+    let name = |l: &str| l.rsplit("/dev/vfio/").next().unwrap_or(l).to_owned();
+    text.lines().map(name).collect()
 }
 
 /// Those devices that the project plugged in.

@@ -18,14 +18,17 @@ pub struct GuestVf {
     pub mac: Option<String>,
 }
 
-/// Every device of the igb's VF kind that the guest's kernel has.
+/// Every device of the igb's VF kind that the guest's kernel has. An interface counts once
+/// udev is done with it: until then it may be renamed at any moment.
 pub async fn vfs(l2: &dyn Shell) -> Result<Vec<GuestVf>> {
     let script = r#"shopt -s nullglob
 for d in /sys/bus/pci/devices/*; do
     [[ $(<$d/vendor) == 0x8086 && $(<$d/device) == 0x10ca ]] || continue
     driver=-; name=-; mac=-
     [[ -e $d/driver ]] && driver=$(readlink $d/driver)
-    for n in $d/net/*; do name=${n##*/}; mac=$(<$n/address); done
+    for n in $d/net/*; do
+        [[ -e /run/udev/data/n$(<$n/ifindex) ]] && name=${n##*/} mac=$(<$n/address)
+    done 2>/dev/null
     echo "${d##*/} ${driver##*/} $name $mac"
 done"#;
     read_vfs(&sh(l2, script).await?)

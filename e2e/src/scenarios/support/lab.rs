@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 use super::far::{Shell, sh};
 use super::site::{self, Switch, TraceEvent};
@@ -80,13 +80,13 @@ impl<'a> Lab<'a> {
         let (host, guest) = (dc.host.client(), dc.guest.client());
         let machine = machine::find(dc)?;
         let l1 = machine.l1().clone();
-        let l2 = machine.l2(site::L2_NODE).await?;
+        let l2 = Self::vm(&machine).await?;
         let pfs = Pfs {
             host: &host,
             l1: &l1,
         };
         let [wired, uplink, shared] = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
-        let qemu = l1::Qemu::of(l2.qemu_pid(), site::L2_DOMAIN);
+        let qemu = l1::Qemu::of(&l2, site::L2_DOMAIN);
         let switch = machine.switch();
         let lab = Self {
             machine,
@@ -103,6 +103,20 @@ impl<'a> Lab<'a> {
         };
         lab.manage(&lab.wired, true).await?;
         Ok(lab)
+    }
+
+    /// The VM; looked for in L1 only when its launcher is not the one of the last look.
+    async fn vm(machine: &Machine) -> Result<L2> {
+        static KNOWN: Mutex<Option<L2>> = Mutex::const_new(None);
+        let mut known = KNOWN.lock().await;
+        if let Some(vm) = known.as_ref()
+            && machine.runs(vm).await?
+        {
+            return Ok(vm.clone());
+        }
+        let vm = machine.l2(site::L2_NODE).await?;
+        *known = Some(vm.clone());
+        Ok(vm)
     }
 
     /// Every write to sriov_numvfs and every driver bound or released since L1's boot.
@@ -126,14 +140,15 @@ impl<'a> Lab<'a> {
         // Pings and counters first: a busy device is slow to leave the guest.
         let units = "systemctl stop 'e2e-*'; rm -f /run/e2e-*
 for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; true";
-        sh(&self.l2, units).await?;
-        sh(&self.l1, "systemctl stop 'e2e-*'; rm -f /run/e2e-*; true").await?;
+        let holders = "systemctl stop 'e2e-*'; rm -f /run/e2e-*; true";
+        tokio::try_join!(sh(&self.l2, units), sh(&self.l1, holders))?;
         claims::remove_all(self).await?;
         kinds::remove_all(self).await?;
-        let mut all = self.qemu.pci(&self.l1).await?;
+        let (mut all, kernel) =
+            tokio::try_join!(self.qemu.pci(), l1::pf(&self.l1, &self.wired.address))?;
         if ports::any(&all) {
             ports::remove_all(self).await?;
-            all = self.qemu.pci(&self.l1).await?;
+            all = self.qemu.pci().await?;
         }
         let left = l1::ours(all);
         for pf in [&self.uplink, &self.shared] {
@@ -142,8 +157,7 @@ for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; tru
         if !left.is_empty() {
             bail!("QEMU still has {left:?}");
         }
-        let busy: Vec<_> = l1::pf(&self.l1, &self.wired.address)
-            .await?
+        let busy: Vec<_> = kernel
             .vfs
             .into_iter()
             .filter(|v| v.driver.as_deref().is_some_and(|d| d != "vfio-pci"))

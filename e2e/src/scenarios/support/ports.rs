@@ -16,7 +16,7 @@ pub struct Fillers;
 
 impl Fillers {
     pub async fn plug(lab: &Lab<'_>) -> Result<Self> {
-        let buses = lab.qemu.qmp(&lab.l1, "query-pci", &json!({})).await?;
+        let buses = lab.qemu.qmp("query-pci", &json!({})).await?;
         let mut ports = Vec::new();
         for bus in buses.as_array().into_iter().flatten() {
             free_ports(bus.get("devices"), &mut ports);
@@ -25,7 +25,7 @@ impl Fillers {
         for port in &ports {
             let device =
                 json!({"driver": "virtio-rng-pci", "id": format!("{PREFIX}{port}"), "bus": port});
-            lab.qemu.qmp(&lab.l1, "device_add", &device).await?;
+            lab.qemu.qmp("device_add", &device).await?;
         }
         taken_up(lab).await?;
         Ok(Self)
@@ -42,7 +42,7 @@ async fn taken_up(lab: &Lab<'_>) -> Result<()> {
     let every = Duration::from_millis(500);
     let limit = Duration::from_secs(60);
     wait::until("the guest to take the fillers up", limit, every, || async {
-        let all = lab.qemu.pci(&lab.l1).await?;
+        let all = lab.qemu.pci().await?;
         let waiting: Vec<&str> = all
             .iter()
             .filter(|d| is_filler(d) && d.regions.contains(&-1))
@@ -83,7 +83,7 @@ pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
                 asked = Some(std::time::Instant::now());
             }
             async move {
-                let all = lab.qemu.pci(&lab.l1).await?;
+                let all = lab.qemu.pci().await?;
                 let left: Vec<&str> = all
                     .iter()
                     .filter(|d| is_filler(d))
@@ -96,11 +96,7 @@ pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
                 if due {
                     for id in &left {
                         // "Already in the process of unplug" is no failure.
-                        if let Err(e) = lab
-                            .qemu
-                            .qmp(&lab.l1, "device_del", &json!({"id": id}))
-                            .await
-                        {
+                        if let Err(e) = lab.qemu.qmp("device_del", &json!({"id": id})).await {
                             state = format!("{state}, {id}: {e:#}");
                         }
                     }

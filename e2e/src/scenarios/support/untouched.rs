@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
+use super::far;
 use super::l1::{self, KernelPf, PciDevice, VfSettings};
 use super::lab::Lab;
 use super::site::TraceEvent;
@@ -22,19 +23,29 @@ pub struct Picture {
 
 impl Picture {
     pub async fn take(lab: &Lab<'_>) -> Result<Self> {
-        let l1 = &lab.l1;
+        let pfs = [&lab.wired, &lab.uplink, &lab.shared];
+        let mut scripts = vec![lab.qemu.memlock_script(), lab.qemu.nodes_script()];
+        for pf in pfs {
+            scripts.push(l1::pf_script(&pf.address));
+            scripts.push(l1::settings_script(&pf.interface));
+        }
+        let (said, trace, qemu) =
+            tokio::try_join!(far::several(&lab.l1, &scripts), lab.trace(), lab.qemu.pci(),)?;
+        let [memlock, nodes, functions @ ..] = said.as_slice() else {
+            bail!("L1 said {said:?}")
+        };
         let mut kernel = BTreeMap::new();
-        for pf in [&lab.wired, &lab.uplink, &lab.shared] {
-            let seen = l1::pf(l1, &pf.address).await?;
-            let settings = l1::vf_settings(l1, &pf.interface).await?;
-            kernel.insert(pf.address.clone(), (seen, settings));
+        for (pf, said) in pfs.iter().zip(functions.chunks_exact(2)) {
+            let [seen, settings] = said else { continue };
+            let seen = (l1::read_pf(seen)?, l1::read_settings(settings)?);
+            kernel.insert(pf.address.clone(), seen);
         }
         Ok(Self {
             kernel,
-            trace: lab.trace().await?,
-            qemu: lab.qemu.pci(l1).await?,
-            memlock: lab.qemu.memlock(l1).await?,
-            nodes: lab.qemu.vfio_nodes(l1).await?,
+            trace,
+            qemu,
+            memlock: memlock.clone(),
+            nodes: l1::read_nodes(nodes),
         })
     }
 
