@@ -1,267 +1,328 @@
-//! Breaks the code on purpose, one small patch at a time, and expects the test that
-//! guards it to go red. Works on a copy of the tree; the checkout stays as it is.
+//! Breaks the code on purpose, by small patches, and expects the test that guards it to go
+//! red. Works on a copy of the tree; the checkout stays as it is.
 //!
 //! A patch begins with header lines:
 //!
 //! ```text
 //! # why: what the broken code would do to somebody
-//! # red: test PACKAGE NAME        (a test of the library whose name contains NAME)
-//! # red: test PACKAGE/FILE NAME   (a test of tests/FILE)
-//! # red: scenario NAME            (on the running data centre, with the broken code deployed)
+//! # red: test PACKAGE NAME          (a test of the library whose name contains NAME)
+//! # red: test PACKAGE/FILE NAME     (a test of tests/FILE)
+//! # red: scenario NAME: WORDS       (on the data centre, with the broken code deployed; the
+//! #                                  scenario's error must contain WORDS)
+//! # group: GROUP                    (scenarios only: the group's breaks do not touch each
+//! #                                  other and are built and deployed together)
+//! # fresh: yes                      (scenarios only: the break shows in a data centre that
+//! #                                  was set up with it)
 //! ```
 //!
-//! Afterwards the data centre is given the checkout's code again.
+//! A data centre that ran before is given the checkout's code again; one that was set up
+//! for this is taken down.
 
+mod header;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::docker::Docker;
 use crate::exec::Cmd;
 use crate::paths::Paths;
 use crate::runner::{Count, cargo, read_libtest};
 use crate::{debian, interrupt, progress, tools};
+use header::{Header, Red};
 
 const BUILD: Duration = Duration::from_secs(45 * 60);
 const RUN: Duration = Duration::from_secs(60 * 60);
 
-/// The test that must go red.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Red {
-    Test {
-        package: String,
-        /// A file of the package's `tests`; its library if none.
-        target: Option<String>,
-        name: String,
-    },
-    Scenario {
-        name: String,
-    },
+/// A break and what must notice it.
+#[derive(Clone, Debug)]
+struct Mutant {
+    name: String,
+    patch: PathBuf,
+    header: Header,
 }
 
-/// Applies every patch whose file name contains one of `words` (all if none). Counts a
-/// patch as passed when its test went red.
+/// Applies every patch of which name or group contains one of `words` (all if none). Counts
+/// a patch as passed when its test went red.
 ///
-/// The tree is copied once; each patch is taken back after its test. Both leave changed
-/// files with new times, without which cargo would take an earlier break for built.
+/// The tree is copied once; each batch of patches is taken back after its test. Both leave
+/// changed files with new times, without which cargo would take an earlier break for built.
 pub fn run(paths: &Paths, words: &[String]) -> Result<Count> {
     let mut count = Count::default();
     debian::ensure(paths, &["patch"])?;
-    let patches = patches(&paths.source().join("e2e/mutants"), words)?;
-    let tree = paths.cache().join("mutants");
-    copy(paths.source(), &tree)?;
-    let mut broke_the_data_centre = false;
-    for patch in &patches {
+    let mutants = mutants(&paths.source().join("e2e/mutants"), words)?;
+    let copy = Copy::make(paths)?;
+    let mut site = Site::default();
+    for (name, batch) in batches(mutants) {
         interrupt::check()?;
-        let text = std::fs::read_to_string(patch)?;
-        broke_the_data_centre |= matches!(header(&text), Some(Red::Scenario { .. }));
-        let name = patch
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let result = progress::step(&format!("mutant {name}"), |step| {
-            apply(&tree, patch, false)?;
-            let result = one(paths, &tree, patch, step);
-            apply(&tree, patch, true)?;
-            result
+        let results = progress::step(&format!("mutants: {name}"), |step| {
+            copy.broken(&batch, || match &batch.first().map(|m| &m.header.red) {
+                Some(Red::Scenario { .. }) => scenarios(paths, &copy, &batch, &mut site, step),
+                _ => batch.iter().map(|m| Ok(test(&copy, m, step))).collect(),
+            })
         });
-        match result {
-            Ok(()) => {
-                println!("red     {name}");
-                count.passed += 1;
-            }
-            Err(e) => {
-                println!("FAILED  {name}: {e:#}");
-                count.failed += 1;
+        // What keeps a whole batch from being tried says nothing about any of it.
+        let results = results.unwrap_or_else(|e| {
+            let all = batch.iter().map(|_| Err(anyhow::anyhow!("{e:#}")));
+            all.collect()
+        });
+        for (mutant, result) in batch.iter().zip(results) {
+            match result {
+                Ok(()) => {
+                    println!("red     {}", mutant.name);
+                    count.passed += 1;
+                }
+                Err(e) => {
+                    println!("FAILED  {}: {e:#}", mutant.name);
+                    count.failed += 1;
+                }
             }
         }
     }
-    if broke_the_data_centre {
-        progress::step("deploying the checkout's code again", |_| {
-            cargo()
-                .args(["e2e", "up"])
-                .cwd(paths.source())
-                .timeout(RUN)
-                .run()
-        })?;
-    }
+    site.restore(paths)?;
     Ok(count)
 }
 
-/// Applies a patch to the copy, or takes it back.
-fn apply(tree: &Path, patch: &Path, back: bool) -> Result<()> {
-    let mut cmd = Cmd::new("patch").args(["-p1", "--batch", "--fuzz=0", "--no-backup-if-mismatch"]);
-    if back {
-        cmd = cmd.arg("-R");
+/// What is applied and built together: a group of scenarios' mutants, or one test's.
+fn batches(mutants: Vec<Mutant>) -> BTreeMap<String, Vec<Mutant>> {
+    let mut batches: BTreeMap<String, Vec<Mutant>> = BTreeMap::new();
+    for m in mutants {
+        let group = m.header.group.clone().unwrap_or_else(|| m.name.clone());
+        batches.entry(group).or_default().push(m);
     }
-    cmd.arg("-i").arg(patch).cwd(tree.join("tree")).run()?;
-    Ok(())
+    batches
 }
 
-fn patches(dir: &Path, words: &[String]) -> Result<Vec<PathBuf>> {
+fn mutants(dir: &Path, words: &[String]) -> Result<Vec<Mutant>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
-        let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let wanted = words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
-        if wanted && path.extension().is_some_and(|e| e == "patch") {
-            found.push(path);
+        let patch = entry?.path();
+        if patch.extension().is_none_or(|e| e != "patch") {
+            continue;
+        }
+        let name = patch.file_stem().unwrap_or_default();
+        let name = name.to_string_lossy().into_owned();
+        let header = Header::read(&std::fs::read_to_string(&patch)?)
+            .with_context(|| format!("the header of {}", patch.display()))?;
+        let group = header.group.as_deref().unwrap_or_default();
+        let wanted = |w: &String| name.contains(w.as_str()) || group.contains(w.as_str());
+        if words.is_empty() || words.iter().any(wanted) {
+            found.push(Mutant {
+                name,
+                patch,
+                header,
+            });
         }
     }
-    found.sort();
     if found.is_empty() {
         bail!("no patch in {} matches {words:?}", dir.display());
     }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
 }
 
-/// Makes `tree` hold the checkout's files, tracked or new, with new times: an earlier run
-/// may have been ended in the middle of a break. Only the workspace's crates are built anew.
-fn copy(source: &Path, tree: &Path) -> Result<()> {
-    std::fs::create_dir_all(tree)?;
-    let old = tree.join("tree");
-    if old.exists() {
-        std::fs::remove_dir_all(&old)?;
-    }
-    std::fs::create_dir(&old)?;
-    let list = "cd \"$1\" && git ls-files -z --cached --others --exclude-standard \
-        --deduplicate | tar --null --ignore-failed-read -T - -cf - | tar -xmf - -C \"$2\"";
-    Cmd::sh(list, &[&source.to_string_lossy(), &old.to_string_lossy()]).run()?;
-    Ok(())
+/// A copy of the checkout that may be broken.
+struct Copy {
+    tree: PathBuf,
+    target: PathBuf,
+    assets: PathBuf,
 }
 
-fn one(paths: &Paths, tree: &Path, patch: &Path, step: &progress::Step) -> Result<()> {
-    let text = std::fs::read_to_string(patch)?;
-    let red = header(&text).context("no header `# red: test PACKAGE NAME` or `scenario NAME`")?;
-    let dir = tree.join("tree");
-    let in_tree = |cmd: Cmd| {
-        cmd.cwd(&dir)
-            .env("CARGO_TARGET_DIR", tree.join("target"))
-            .env("CARGO_MANIFEST_DIR", dir.join("e2e"))
-            .env("KUBEBUILDER_ASSETS", tools::assets(paths))
-    };
-    match red {
-        Red::Test {
-            package,
-            target,
-            name,
-        } => {
-            step.note("building");
-            let mut test = vec!["test", "-p", &package];
-            match &target {
-                Some(target) => test.extend(["--test", target]),
-                None => test.push("--lib"),
+impl Copy {
+    /// Makes it hold the checkout's files, tracked or new, with new times: an earlier run
+    /// may have been ended in the middle of a break. Only the workspace's crates are built
+    /// anew.
+    fn make(paths: &Paths) -> Result<Self> {
+        let tree = paths.cache().join("mutants/tree");
+        if tree.exists() {
+            std::fs::remove_dir_all(&tree)?;
+        }
+        std::fs::create_dir_all(&tree)?;
+        let list = "cd \"$1\" && git ls-files -z --cached --others --exclude-standard \
+            --deduplicate | tar --null --ignore-failed-read -T - -cf - | tar -xmf - -C \"$2\"";
+        let [from, to] = [paths.source(), &tree].map(|p| p.to_string_lossy());
+        Cmd::sh(list, &[&from, &to]).run()?;
+        Ok(Self {
+            tree,
+            target: paths.cache().join("target"),
+            assets: tools::assets(paths),
+        })
+    }
+
+    /// Does `work` with all of `batch` applied, and takes them back.
+    fn broken<T>(&self, batch: &[Mutant], work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mut applied = Vec::new();
+        let mut result = Ok(());
+        for m in batch {
+            result = self.apply(&m.patch, false);
+            if result.is_err() {
+                break;
             }
-            // A patch that does not compile shows nothing about the test.
-            in_tree(cargo().args(&test).args(["-q", "--no-run"]))
-                .timeout(BUILD)
-                .run()
-                .context("it does not compile")?;
-            step.note("testing");
-            test.extend(["--no-fail-fast", "--color=never", &name]);
-            let out = in_tree(cargo().args(&test)).timeout(RUN).status()?;
-            let seen = read_libtest(&String::from_utf8_lossy(&out.stdout));
-            anyhow::ensure!(
-                seen.failures.iter().any(|f| f.contains(&name)),
-                "no test called like {name} failed ({})",
-                seen.count.line()
-            );
+            applied.push(m);
         }
-        Red::Scenario { name } => {
-            anyhow::ensure!(
-                Docker::find(paths)?.is_some(),
-                "a scenario's mutant needs a data centre to break: cargo e2e up"
-            );
-            step.note("building");
-            let build = ["build", "-q", "-p", "e2e"];
-            in_tree(cargo().args(build))
-                .timeout(BUILD)
-                .run()
-                .context("it does not compile")?;
-            step.note("running the scenario");
-            let out = in_tree(cargo().args(["e2e", "test", &name]))
-                .timeout(RUN)
-                .status()?;
-            let failed = String::from_utf8_lossy(&out.stdout).lines().any(|l| {
-                l.strip_prefix("FAILED  ")
-                    .is_some_and(|l| l.starts_with(&name))
-            });
-            anyhow::ensure!(failed, "scenario {name} did not fail");
+        let result = result.and_then(|()| work());
+        for m in applied.into_iter().rev() {
+            self.apply(&m.patch, true)?;
         }
+        result
     }
+
+    /// Applies a patch, or takes it back.
+    fn apply(&self, patch: &Path, back: bool) -> Result<()> {
+        let strict = ["-p1", "--batch", "--fuzz=0", "--no-backup-if-mismatch"];
+        let mut cmd = Cmd::new("patch").args(strict);
+        if back {
+            cmd = cmd.arg("-R");
+        }
+        cmd.arg("-i").arg(patch).cwd(&self.tree).run()?;
+        Ok(())
+    }
+
+    /// Cargo in the copy.
+    fn cargo(&self, args: &[&str]) -> Cmd {
+        cargo()
+            .args(args)
+            .cwd(&self.tree)
+            .env("CARGO_TARGET_DIR", &self.target)
+            .env("CARGO_MANIFEST_DIR", self.tree.join("e2e"))
+            .env("KUBEBUILDER_ASSETS", &self.assets)
+    }
+}
+
+fn test(copy: &Copy, mutant: &Mutant, step: &progress::Step) -> Result<()> {
+    let Red::Test {
+        package,
+        target,
+        name,
+    } = &mutant.header.red
+    else {
+        bail!("it is no test's");
+    };
+    step.note("building");
+    let mut test = vec!["test", "-p", package];
+    match target {
+        Some(target) => test.extend(["--test", target]),
+        None => test.push("--lib"),
+    }
+    // A patch that does not compile shows nothing about the test.
+    let build = [&test[..], &["-q", "--no-run"]].concat();
+    copy.cargo(&build)
+        .timeout(BUILD)
+        .run()
+        .context("it does not compile")?;
+    step.note("testing");
+    test.extend(["--no-fail-fast", "--color=never", name]);
+    let out = copy.cargo(&test).timeout(RUN).status()?;
+    let seen = read_libtest(&String::from_utf8_lossy(&out.stdout));
+    ensure!(
+        seen.failures.iter().any(|f| f.contains(name)),
+        "no test called like {name} failed ({})",
+        seen.count.line()
+    );
     Ok(())
 }
 
-fn header(text: &str) -> Option<Red> {
-    let line = text.lines().find_map(|l| l.strip_prefix("# red: "))?;
-    let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    match words.as_slice() {
-        ["test", package, name] => {
-            let (package, target) = match package.split_once('/') {
-                Some((package, target)) => (package, Some(target.to_owned())),
-                None => (*package, None),
-            };
-            Some(Red::Test {
-                package: package.to_owned(),
-                target,
-                name: (*name).to_owned(),
-            })
+/// Runs the scenarios of a batch on a data centre that has its breaks: a result for each.
+fn scenarios(
+    paths: &Paths,
+    copy: &Copy,
+    batch: &[Mutant],
+    site: &mut Site,
+    step: &progress::Step,
+) -> Result<Vec<Result<()>>> {
+    let mut wanted = Vec::new();
+    for m in batch {
+        match &m.header.red {
+            Red::Scenario { name, words } => wanted.push((name.as_str(), words.as_str())),
+            Red::Test { .. } => bail!("{} is a test's and has a group", m.name),
         }
-        ["scenario", name] => Some(Red::Scenario {
-            name: (*name).to_owned(),
-        }),
-        _ => None,
     }
+    step.note("building");
+    copy.cargo(&["build", "-q", "-p", "e2e"])
+        .timeout(BUILD)
+        .run()
+        .context("it does not compile")?;
+    step.note("the data centre");
+    site.ready(paths, batch.iter().any(|m| m.header.fresh))?;
+    step.note("running the scenarios");
+    let names: Vec<&str> = wanted.iter().map(|(name, _)| *name).collect();
+    let out = copy
+        .cargo(&[&["e2e", "test"], &names[..]].concat())
+        .timeout(RUN)
+        .status()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    Ok(wanted
+        .into_iter()
+        .map(|(name, words)| went_red(&text, name, words))
+        .collect())
+}
+
+/// Whether the run whose output is `text` says that the scenario failed for these words.
+fn went_red(text: &str, name: &str, words: &str) -> Result<()> {
+    let about = |line: &str| line.split_ascii_whitespace().nth(1) == Some(name);
+    let at = text.lines().position(|l| {
+        let ended = l.starts_with("FAILED ") || l.starts_with("ok ");
+        ended && about(l)
+    });
+    let at = at.with_context(|| format!("scenario {name} did not come to an end"))?;
+    let mut rest = text.lines().skip(at);
+    let first = rest.next().unwrap_or_default();
+    ensure!(first.starts_with("FAILED "), "scenario {name} did not fail");
+    // An error may have lines of its own.
+    let next = |l: &&str| !["ok ", "FAILED ", "LOST "].iter().any(|s| l.starts_with(s));
+    let said: Vec<&str> = std::iter::once(first)
+        .chain(rest.take_while(next))
+        .collect();
+    let said = said.join("\n");
+    ensure!(
+        said.contains(words),
+        "scenario {name} failed, but not with {words:?}: {said}"
+    );
+    Ok(())
+}
+
+/// The data centre that is broken.
+#[derive(Default)]
+struct Site {
+    /// Whether one ran before anything was broken; not known before the first look.
+    ran_before: Option<bool>,
+}
+
+impl Site {
+    /// One that runs, or none where the scenarios' own run is to set it up.
+    fn ready(&mut self, paths: &Paths, fresh: bool) -> Result<()> {
+        let runs = Docker::find(paths)?.is_some();
+        self.ran_before.get_or_insert(runs);
+        match (runs, fresh) {
+            (true, true) => e2e(paths, "down"),
+            (false, false) => e2e(paths, "up"),
+            (true, false) | (false, true) => Ok(()),
+        }
+    }
+
+    /// As it was before, with the checkout's code.
+    fn restore(&self, paths: &Paths) -> Result<()> {
+        match self.ran_before {
+            None => Ok(()),
+            Some(true) => e2e(paths, "up"),
+            Some(false) => e2e(paths, "down"),
+        }
+    }
+}
+
+/// A verb of the checkout's own harness.
+fn e2e(paths: &Paths, verb: &str) -> Result<()> {
+    progress::step(&format!("cargo e2e {verb}, of the checkout"), |_| {
+        cargo()
+            .args(["e2e", verb])
+            .cwd(paths.source())
+            .timeout(RUN)
+            .run()
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn header_lines() {
-        let test = header("# why: x\n# red: test common pci::rejects\n--- a/x\n");
-        let want = Red::Test {
-            package: "common".into(),
-            target: None,
-            name: "pci::rejects".into(),
-        };
-        assert_eq!(test, Some(want));
-        assert_eq!(
-            header("# red: scenario attach\n"),
-            Some(Red::Scenario {
-                name: "attach".into()
-            })
-        );
-        let api = header("# red: test host-provisioner/controller quota\n");
-        assert!(matches!(api, Some(Red::Test { target: Some(t), .. }) if t == "controller"));
-        assert_eq!(header("--- a/x\n"), None);
-        assert_eq!(header("# red: nothing\n"), None);
-    }
-
-    #[test]
-    fn every_patch_of_the_tree_applies_and_says_what_goes_red() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
-        for patch in patches(&dir.join("mutants"), &[]).unwrap() {
-            let text = std::fs::read_to_string(&patch).unwrap();
-            let red = header(&text);
-            assert!(red.is_some(), "{}", patch.display());
-            if let Some(Red::Scenario { name }) = red {
-                let scenarios = crate::scenarios::all();
-                assert!(scenarios.iter().any(|s| s.name.contains(&name)), "{name}");
-            }
-            Cmd::new("git")
-                .args(["apply", "--check"])
-                .arg(&patch)
-                .cwd(dir.join(".."))
-                .run()
-                .unwrap();
-        }
-    }
-}
+mod tests;

@@ -76,7 +76,7 @@ async fn deletion_is_clean(lab: &Lab<'_>) -> Result<()> {
 }
 
 /// The VF's kernel state and its report.
-async fn free_and_clean(lab: &Lab<'_>, address: &str, index: u16) -> Result<()> {
+pub(super) async fn free_and_clean(lab: &Lab<'_>, address: &str, index: u16) -> Result<()> {
     let l1 = &lab.l1;
     let kernel = l1::pf(l1, &lab.wired.address).await?;
     let vf = kernel

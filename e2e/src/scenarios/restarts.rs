@@ -84,9 +84,21 @@ async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
         "the ping: {answers:?}"
     );
 
-    // Two can be told apart from one only if the successor works at all.
+    // Two can be told apart from one only if the successor works at all; and what it found
+    // it has seen by then.
     let (second, _) = lab.attach(&Wish::new("after")).await?;
     lab.release(&second).await?;
+    let after = lab.ready(&claim).await?;
+    ensure!(
+        same(&before, &after),
+        "after another claim {before:?} became {after:?}"
+    );
+    let now = lab.trace().await?;
+    let touched = writes::about(&trace, &now, &before.vf)?;
+    ensure!(
+        touched.is_empty(),
+        "the successor touched the VF: {touched:?}"
+    );
     lab.release(&claim).await?;
     l2::gone(&lab.l2, &before.guest_address).await
 }
@@ -101,29 +113,30 @@ fn same(a: &Attached, b: &Attached) -> bool {
     status(a) == status(b) && a.guest_address == b.guest_address && a.mac == b.mac
 }
 
-/// Kills `part` as soon as the claim has come to where it is that part's work.
+/// Kills `part` when the claim has come to where it is that part's work.
 async fn in_flight(lab: &Lab<'_>, part: Part) -> Result<()> {
     let before = lab.trace().await?;
-    let claim = lab
-        .create(&Wish::new("flying").mac("02:5f:00:00:41:01"))
-        .await?;
-    let chosen = match part {
-        Part::Agent => Some(
-            lab.host_status(&claim, "a VF to be chosen", |s| s.device.clone())
-                .await?,
-        ),
+    let wish = Wish::new("flying").mac("02:5f:00:00:41:01");
+    let (claim, old, chosen) = match part {
+        Part::Agent => {
+            let claim = lab.create(&wish).await?;
+            let what = "a VF to be chosen";
+            let chosen = lab.host_status(&claim, what, |s| s.device.clone()).await?;
+            (claim, part.crash(lab).await?, Some(chosen))
+        }
         Part::Controller => {
-            // Its work begins with the copy: the syncer's part is over when that is there.
+            // Its work is done in milliseconds: it is dead already when the copy arrives.
+            let old = part.crash(lab).await?;
+            let claim = lab.create(&wish).await?;
             lab.copied(&claim).await?;
-            None
+            (claim, old, None)
         }
         Part::Syncer => {
-            lab.host_status(&claim, "the copy to be admitted", |s| s.admitted.clone())
-                .await?;
-            None
+            let claim = lab.create(&wish).await?;
+            lab.copied(&claim).await?;
+            (claim, part.crash(lab).await?, None)
         }
     };
-    let old = part.delete(lab).await?;
     part.replaced(lab, &old).await?;
     let now = lab.ready(&claim).await?;
     if let Some(chosen) = chosen {
@@ -172,6 +185,7 @@ async fn releasing(lab: &Lab<'_>) -> Result<()> {
         "QEMU still has the device"
     );
     l2::gone(&lab.l2, &attached.guest_address).await?;
+    release::free_and_clean(lab, &attached.vf, attached.vf_index).await?;
     let (next, _) = lab.attach(&Wish::new("heir")).await?;
     lab.release(&next).await
 }

@@ -84,6 +84,7 @@ async fn vm_not_restarted(lab: &Lab<'_>) -> Result<()> {
     let (claim, _) = lab.attach(&Wish::new("life")).await?;
     let attached = counter.read(&lab.l2).await?;
     lab.release(&claim).await?;
+    l2::awake(&lab.l2).await?;
     let after = l2::life(&lab.l2).await?;
     let (last_pid, last) = counter.read(&lab.l2).await?;
     ensure!(before.boot_id == after.boot_id, "the VM booted again");

@@ -203,6 +203,21 @@ pub struct Life {
     pub uptime: u64,
 }
 
+/// Waits for the VM to answer: one that was restarted does not while it boots.
+pub async fn awake(l2: &dyn Shell) -> Result<()> {
+    let limit = Duration::from_secs(180);
+    wait::until(
+        "the VM to answer",
+        limit,
+        Duration::from_secs(1),
+        || async {
+            let answer = l2.said("true", Duration::from_secs(10)).await;
+            Ok(Probe::of(answer.map(|_| Some(())), "silent"))
+        },
+    )
+    .await
+}
+
 pub async fn life(l2: &dyn Shell) -> Result<Life> {
     let text = sh(
         l2,

@@ -1,5 +1,4 @@
-//! The project's own pods: found by their labels, and replaced the way a node drain or an
-//! upgrade would.
+//! The project's own pods: found by their labels, killed, and replaced.
 
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, Client};
 
+use super::far::sh;
 use super::lab::Lab;
 use crate::deploy::names::SYSTEM;
 use crate::wait::{self, Probe};
@@ -68,12 +68,36 @@ impl Part {
         Ok(pods)
     }
 
-    /// Deletes its pods; does not wait.
-    pub async fn delete(self, lab: &Lab<'_>) -> Result<Vec<String>> {
+    /// The program's name as the kernel cuts it off (TASK_COMM_LEN).
+    fn process(self) -> &'static str {
+        match self {
+            Self::Agent | Self::Controller => "host-provisione",
+            Self::Syncer => "guest-syncer",
+        }
+    }
+
+    /// SIGKILL to its processes, on the node they run on.
+    async fn kill(self, lab: &Lab<'_>) -> Result<()> {
+        let script = format!(
+            "n=0; for p in /proc/[0-9]*; do
+[ \"$(cat $p/comm 2>/dev/null)\" = {} ] && kill -KILL ${{p#/proc/}} && n=$((n+1)); done; echo $n",
+            self.process()
+        );
+        let killed = match self {
+            Self::Agent => sh(&lab.l1, &script).await?,
+            Self::Controller => lab.dc.host.exec().args(["sh", "-c", &script]).text()?,
+            Self::Syncer => lab.dc.guest.exec().args(["sh", "-c", &script]).text()?,
+        };
+        anyhow::ensure!(killed.trim() != "0", "the {} has no process", self.name());
+        Ok(())
+    }
+
+    /// Kills it, and deletes its pods so that no back-off is waited for; does not wait.
+    pub async fn crash(self, lab: &Lab<'_>) -> Result<Vec<String>> {
+        self.kill(lab).await?;
         let mut old = Vec::new();
         for pod in self.pods(lab).await? {
             let name = pod.metadata.name.context("a pod without a name")?;
-            // At once: a crash, not a polite end.
             let now = DeleteParams {
                 grace_period_seconds: Some(0),
                 ..DeleteParams::default()
@@ -103,7 +127,7 @@ impl Part {
 
     /// Both.
     pub async fn restart(self, lab: &Lab<'_>) -> Result<()> {
-        let old = self.delete(lab).await?;
+        let old = self.crash(lab).await?;
         self.replaced(lab, &old).await
     }
 }
