@@ -137,7 +137,8 @@ async fn credential_is_narrow(lab: &Lab<'_>) -> Result<()> {
     mine.get(&claim.host_name())
         .await
         .context("the guest reads its own copy")?;
-    let patch = Patch::Merge(json!({"status": {"hostNode": null}}));
+    // A change that the schema has nothing against.
+    let patch = Patch::Merge(json!({"status": {"guestDevice": null}}));
     let to = PatchParams::default();
     denied(
         "its copy's status",

@@ -6,7 +6,7 @@ use common::api::{PhysicalFunction, SriovNode, type_};
 use futures::FutureExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
-use kube::api::ListParams;
+use kube::api::{DeleteParams, ListParams};
 
 use super::support::site::{L1_NODE, L2_NODE, PF_MACS};
 use super::support::{Lab, Wish, l1, l2};
@@ -94,6 +94,17 @@ async fn l1_says(lab: &Lab<'_>, script: &str) -> Result<String> {
 
 async fn inventory(lab: &Lab<'_>) -> Result<()> {
     let api: Api<PhysicalFunction> = Api::all(lab.host.clone());
+    // What is compared is the work of the agent that runs, which makes it from nothing.
+    let name = &lab.shared.object;
+    let old = api.get(name).await?.metadata.uid;
+    api.delete(name, &DeleteParams::default()).await?;
+    let limit = super::support::claims::REFUSE;
+    super::support::watch::until(&api, name, "the object to be made anew", limit, |p| {
+        use crate::wait::Probe;
+        let new = p.filter(|p| p.metadata.uid != old && p.status.is_some());
+        Ok(new.map_or(Probe::NotYet("it is not".into()), |_| Probe::Ready(())))
+    })
+    .await?;
     let all = api.list(&ListParams::default()).await?.items;
     let count = l1_says(lab, "ls -d /sys/bus/pci/devices/*/sriov_totalvfs | wc -l").await?;
     ensure!(

@@ -41,6 +41,8 @@ pub struct Agent {
     pub vm_turns: Turns,
     /// Told when a VF became free or a PF changed: claims that wait look again.
     pub pool_changed: watch::Sender<()>,
+    /// Told when a `PhysicalFunction`'s report is due.
+    pub report_due: watch::Sender<()>,
     /// This node's `PhysicalFunction` objects, as watched.
     pub functions: Store<PhysicalFunction>,
     pub ledger: SharedLedger,
@@ -50,6 +52,11 @@ impl Agent {
     /// Tells what waits for the pool that it changed.
     pub fn tell_pool_changed(&self) {
         self.pool_changed.send_replace(());
+    }
+
+    /// Tells who publishes that a claim took a VF, or came further with it.
+    pub fn tell_report_due(&self) {
+        self.report_due.send_replace(());
     }
 }
 

@@ -22,13 +22,14 @@ use super::pool::PfView;
 use super::vf::{self, VfError};
 
 /// Changes within this time are one report.
-const DEBOUNCE: Duration = Duration::from_millis(300);
+const DEBOUNCE: Duration = Duration::from_secs(1);
 /// What the kernel changes without telling us is seen within this time.
 const RESYNC: Duration = Duration::from_secs(30);
 
 /// Publishes until stopped.
 pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
-    let mut changed = agent.pool_changed.subscribe();
+    let mut pool = agent.pool_changed.subscribe();
+    let mut due = agent.report_due.subscribe();
     let key = "publish".to_owned();
     loop {
         let again = match publish(&agent).await {
@@ -44,12 +45,13 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(again) => {}
-            seen = changed.changed() => {
+            seen = async { tokio::select! { seen = pool.changed() => seen, seen = due.changed() => seen } } => {
                 if seen.is_err() {
                     return;
                 }
                 tokio::time::sleep(DEBOUNCE).await;
-                changed.mark_unchanged();
+                pool.mark_unchanged();
+                due.mark_unchanged();
             }
         }
     }

@@ -188,14 +188,13 @@ impl Walk {
                 }
             }
             Step::ReportAttached { guest_address } => {
-                attach::keep_memlock(&self.agent, &self.claim).await?;
                 let device = GuestDevice {
                     pci_address: guest_address.clone(),
                     mac_address: self.admitted()?.network.mac_address.clone(),
                 };
                 return Ok(Some(End {
                     outcome: Some(Outcome::Attached(device)),
-                    next: Action::requeue(RESYNC),
+                    next: Action::requeue(self.keep().await),
                 }));
             }
             Step::ForgetAttachment => {
@@ -223,10 +222,23 @@ impl Walk {
         Ok(None)
     }
 
+    /// Keeps what an attached device needs as it is; when to look again. The device works
+    /// whether or not that succeeds, so the claim stays Ready.
+    async fn keep(&self) -> Duration {
+        match attach::keep_memlock(&self.agent, &self.claim).await {
+            Ok(()) => RESYNC,
+            Err(error) => {
+                tracing::warn!(claim = self.claim.metadata.name, %error, "memlock");
+                WAITING
+            }
+        }
+    }
+
     /// Takes over what a write answered.
     fn renew(&mut self, claim: VFClaim) -> Result<(), ReconcileError> {
         self.agent.ledger.lock().observe(&claim)?;
         self.claim = claim;
+        self.agent.tell_report_due();
         Ok(())
     }
 

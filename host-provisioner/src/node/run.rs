@@ -140,6 +140,7 @@ async fn build(
         pf_turns: Turns::default(),
         vm_turns: Turns::default(),
         pool_changed,
+        report_due: watch::channel(()).0,
         functions,
         ledger: SharedLedger::default(),
     })

@@ -116,6 +116,7 @@ impl Stage {
             pf_turns: Turns::default(),
             vm_turns: Turns::default(),
             pool_changed: watch::channel(()).0,
+            report_due: watch::channel(()).0,
             functions,
             ledger: SharedLedger::default(),
         };

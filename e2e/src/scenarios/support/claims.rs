@@ -18,11 +18,11 @@ use crate::deploy::names::{CLAIM_NAMESPACE, CLASS, TENANT_NAMESPACE};
 use crate::wait::Probe;
 
 /// Longest a claim may take from its creation to Ready.
-pub const ATTACH: Duration = Duration::from_secs(180);
+pub const ATTACH: Duration = Duration::from_secs(120);
 /// Longest a deleted claim may take to go.
-pub const RELEASE: Duration = Duration::from_secs(180);
+pub const RELEASE: Duration = Duration::from_secs(120);
 /// Longest a refusal may take to be said.
-pub const REFUSE: Duration = Duration::from_secs(60);
+pub const REFUSE: Duration = Duration::from_secs(40);
 
 /// What a tenant asks for; the class is [`CLASS`] and the node is L2 unless said otherwise.
 #[derive(Clone, Debug)]

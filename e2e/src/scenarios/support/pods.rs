@@ -80,13 +80,13 @@ impl Part {
     async fn kill(self, lab: &Lab<'_>) -> Result<()> {
         let script = format!(
             "n=0; for p in /proc/[0-9]*; do
-[ \"$(cat $p/comm 2>/dev/null)\" = {} ] && kill -KILL ${{p#/proc/}} && n=$((n+1)); done; echo $n",
+[[ $(<$p/comm) == {} ]] && kill -KILL ${{p#/proc/}} && ((++n)); done 2>/dev/null; echo $n",
             self.process()
         );
         let killed = match self {
             Self::Agent => sh(&lab.l1, &script).await?,
-            Self::Controller => lab.dc.host.exec().args(["sh", "-c", &script]).text()?,
-            Self::Syncer => lab.dc.guest.exec().args(["sh", "-c", &script]).text()?,
+            Self::Controller => lab.dc.host.exec().args(["bash", "-c", &script]).text()?,
+            Self::Syncer => lab.dc.guest.exec().args(["bash", "-c", &script]).text()?,
         };
         anyhow::ensure!(killed.trim() != "0", "the {} has no process", self.name());
         Ok(())
