@@ -44,16 +44,13 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(again) => {}
-            seen = async { tokio::select! { seen = pool.changed() => seen, seen = due.changed() => seen } } => {
-                if seen.is_err() {
-                    return;
-                }
-                tokio::time::sleep(DEBOUNCE).await;
-                pool.mark_unchanged();
-                due.mark_unchanged();
-            }
+            () = tokio::time::sleep(again) => continue,
+            Ok(()) = pool.changed() => {}
+            Ok(()) = due.changed() => {}
         }
+        tokio::time::sleep(DEBOUNCE).await;
+        pool.mark_unchanged();
+        due.mark_unchanged();
     }
 }
 
