@@ -8,12 +8,19 @@ mod images;
 pub mod names;
 mod tenant;
 
+use std::time::Duration;
+
 use anyhow::Result;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::Api;
+use kube::api::ListParams;
 use serde_json::{Value, json};
 
+use crate::clusters::Cluster;
 use crate::context::DataCentre;
 use crate::machine;
 use crate::progress::Step;
+use crate::wait::{self, Probe};
 use images::Image;
 pub use images::{Images, build};
 
@@ -33,6 +40,7 @@ pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
         &host_values(&images.host_provisioner),
     )?;
     tenant::guest_is_ready(&dc.host).await?;
+    agents_are_ready(&dc.host).await?;
     step.done();
     let step = Step::begin("installing the guest's charts");
     release(dc, false, "vf-crds", &json!({}))?;
@@ -45,6 +53,32 @@ pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
     )?;
     step.done();
     Ok(())
+}
+
+/// helm does not wait for a DaemonSet whose pods may all be unavailable during an update.
+async fn agents_are_ready(host: &Cluster) -> Result<()> {
+    let api: Api<DaemonSet> = Api::namespaced(host.client(), names::SYSTEM);
+    let limit = Duration::from_secs(120);
+    let every = Duration::from_millis(500);
+    wait::until("the node agents to be ready", limit, every, || async {
+        let all = api.list(&ListParams::default()).await?.items;
+        let behind: Vec<String> = all.iter().filter_map(behind).collect();
+        Ok(match behind.as_slice() {
+            [] if !all.is_empty() => Probe::Ready(()),
+            _ => Probe::NotYet(behind.join(", ")),
+        })
+    })
+    .await
+}
+
+/// What keeps a DaemonSet from being as its spec says, everywhere.
+fn behind(set: &DaemonSet) -> Option<String> {
+    let status = set.status.clone().unwrap_or_default();
+    let seen = status.observed_generation == set.metadata.generation;
+    let updated = status.updated_number_scheduled.unwrap_or(0);
+    let (ready, wanted) = (status.number_ready, status.desired_number_scheduled);
+    (!seen || wanted == 0 || updated < wanted || ready < wanted)
+        .then(|| format!("{updated} updated and {ready} ready of {wanted}"))
 }
 
 fn release(dc: &DataCentre, host: bool, chart: &str, values: &Value) -> Result<()> {
