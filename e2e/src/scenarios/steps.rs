@@ -98,7 +98,7 @@ async fn inventory(lab: &Lab<'_>) -> Result<()> {
     let name = &lab.shared.object;
     let old = api.get(name).await?.metadata.uid;
     api.delete(name, &DeleteParams::default()).await?;
-    let limit = super::support::claims::REFUSE;
+    let limit = super::support::claims::ATTACH;
     super::support::watch::until(&api, name, "the object to be made anew", limit, |p| {
         use crate::wait::Probe;
         let new = p.filter(|p| p.metadata.uid != old && p.status.is_some());

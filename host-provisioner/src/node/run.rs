@@ -160,6 +160,7 @@ async fn watch_functions(
         .default_backoff()
         .reflect(writer)
         .touched_objects();
+    let known = store.clone();
     tokio::spawn(async move {
         let generations = stream.take_until(stop.cancelled_owned());
         futures::pin_mut!(generations);
@@ -169,7 +170,8 @@ async fn watch_functions(
                 // Our own reports change the status alone and wake nobody.
                 Ok(pf) => {
                     let generation = pf.metadata.generation;
-                    let gone = pf.metadata.deletion_timestamp.is_some();
+                    // The store has taken the event in: what it lacks was deleted.
+                    let gone = known.get(&reflector::ObjectRef::from_obj(&pf)).is_none();
                     let name = pf.metadata.name.unwrap_or_default();
                     if last.insert(name, generation) != Some(generation) || gone {
                         changed.send_replace(());
