@@ -22,7 +22,7 @@ pub mod report;
 mod run;
 mod sessions;
 #[cfg(test)]
-mod stage;
+mod test_stage;
 mod vf;
 
 pub use run::{NodeArgs, NodeError, run};

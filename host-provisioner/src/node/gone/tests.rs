@@ -1,5 +1,5 @@
 use super::*;
-use crate::node::stage::Stage;
+use crate::node::test_stage::Stage;
 
 fn reference(claim: &VFClaim) -> ObjectRef<DynamicObject> {
     ObjectRef::from_obj(claim).erase()

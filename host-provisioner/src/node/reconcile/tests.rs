@@ -3,7 +3,7 @@
 use super::*;
 use crate::kernel::Kernel as _;
 use crate::kernel::fake::Write;
-use crate::node::stage::Stage;
+use crate::node::test_stage::Stage;
 use common::api::{condition, type_};
 
 const MAC: &str = "02:00:00:00:00:01";
