@@ -83,4 +83,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// [`HoldError::Busy`] when somebody has it open; [`HoldError::NoDevice`]
     /// when no member is on a vfio driver any more.
     fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError>;
+
+    /// Whether [`Kernel::hold_group`] would succeed: opens the group and lets it
+    /// go. Never the cause of a [`HoldError::Busy`] of another call to this kernel.
+    ///
+    /// # Errors
+    /// Those of [`Kernel::hold_group`].
+    fn probe_group(&self, group: u32) -> Result<(), HoldError> {
+        self.hold_group(group).map(drop)
+    }
 }

@@ -28,6 +28,7 @@ pub struct RealKernel {
     roots: Roots,
     netlink: Arc<dyn Netlink>,
     attributes: Arc<dyn Attributes>,
+    openings: vfio::Openings,
 }
 
 impl RealKernel {
@@ -38,6 +39,7 @@ impl RealKernel {
             roots,
             netlink: Arc::new(RtNetlink),
             attributes: Arc::new(Files),
+            openings: vfio::Openings::default(),
         }
     }
 
@@ -293,7 +295,11 @@ impl Kernel for RealKernel {
     }
 
     fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError> {
-        vfio::hold(&self.roots.dev, group)
+        self.openings.hold(&self.roots.dev, group)
+    }
+
+    fn probe_group(&self, group: u32) -> Result<(), HoldError> {
+        self.openings.probe(&self.roots.dev, group)
     }
 }
 

@@ -1,10 +1,12 @@
 //! Binding to vfio-pci and holding vfio groups. Touches sysfs and `/dev/vfio`.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use common::pci::PciAddress;
 
@@ -40,7 +42,7 @@ impl fmt::Debug for GroupHold {
 
 /// Opens the group (drivers/vfio/group.c, `vfio_group_fops_open`): EBUSY while
 /// it is open anywhere, ENODEV when its last device has left vfio.
-pub(super) fn hold(dev: &Path, group: u32) -> Result<GroupHold, HoldError> {
+fn hold(dev: &Path, group: u32) -> Result<GroupHold, HoldError> {
     let path = dev.join("vfio").join(group.to_string());
     // The standard library adds O_CLOEXEC.
     let opened = OpenOptions::new().read(true).write(true).open(&path);
@@ -55,6 +57,31 @@ fn refusal(group: u32, path: &Path, error: io::Error) -> HoldError {
         Some(libc::EBUSY) => HoldError::Busy { group },
         Some(libc::ENODEV | libc::ENOENT) => HoldError::NoDevice { group },
         _ => HoldError::Kernel(KernelError::file("open", path, error)),
+    }
+}
+
+/// One opening at a time for each group, of this process's own: a probe has the
+/// group open for a moment, in which whoever means to keep it would be told that
+/// it is somebody's. Waits only for such moments, never for a [`GroupHold`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Openings(Arc<Mutex<BTreeMap<u32, Arc<Mutex<()>>>>>);
+
+impl Openings {
+    fn of(&self, group: u32) -> Arc<Mutex<()>> {
+        let mut groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(groups.entry(group).or_default())
+    }
+
+    pub(super) fn hold(&self, dev: &Path, group: u32) -> Result<GroupHold, HoldError> {
+        let opening = self.of(group);
+        let _alone = opening.lock().unwrap_or_else(PoisonError::into_inner);
+        hold(dev, group)
+    }
+
+    pub(super) fn probe(&self, dev: &Path, group: u32) -> Result<(), HoldError> {
+        let opening = self.of(group);
+        let _alone = opening.lock().unwrap_or_else(PoisonError::into_inner);
+        hold(dev, group).map(drop)
     }
 }
 
@@ -130,5 +157,46 @@ pub(super) fn unbind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> 
             found,
             wanted: None,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_probe_of_a_group_is_waited_for_and_of_another_is_not() {
+        let dev = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dev.path().join("vfio")).unwrap();
+        for group in ["7", "8"] {
+            std::fs::write(dev.path().join("vfio").join(group), "").unwrap();
+        }
+        let openings = Openings::default();
+        let probed = openings.of(7);
+        let probing = probed.lock().unwrap();
+        assert_eq!(openings.hold(dev.path(), 8).unwrap().group(), 8);
+        let (opened, got) = mpsc::channel();
+        let thread = {
+            let (openings, dev) = (openings.clone(), dev.path().to_owned());
+            std::thread::spawn(move || opened.send(openings.hold(&dev, 7).map(|h| h.group())))
+        };
+        assert!(got.recv_timeout(Duration::from_millis(200)).is_err());
+        drop(probing);
+        assert_eq!(got.recv().unwrap().unwrap(), 7);
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_hold_is_not_waited_for() {
+        let dev = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dev.path().join("vfio")).unwrap();
+        std::fs::write(dev.path().join("vfio/7"), "").unwrap();
+        let openings = Openings::default();
+        let _held = openings.hold(dev.path(), 7).unwrap();
+        // A plain file can be opened twice; what counts is that this returns.
+        openings.probe(dev.path(), 7).unwrap();
     }
 }

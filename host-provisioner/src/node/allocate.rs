@@ -66,8 +66,8 @@ fn one(
     let probes = groups_to_probe(&vfs, held)
         .into_iter()
         .map(|group| {
-            let probe = match kernel.hold_group(group) {
-                Ok(_hold) => GroupProbe::Free,
+            let probe = match kernel.probe_group(group) {
+                Ok(()) => GroupProbe::Free,
                 Err(HoldError::Busy { .. }) => GroupProbe::Busy,
                 Err(other) => GroupProbe::Unknown(other.to_string()),
             };

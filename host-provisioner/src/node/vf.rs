@@ -77,8 +77,8 @@ pub fn look(
         None => Vf::Driverless,
         Some(VFIO_PCI) => {
             let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
-            match kernel.hold_group(group) {
-                Ok(_hold) => Vf::VfioFree,
+            match kernel.probe_group(group) {
+                Ok(()) => Vf::VfioFree,
                 Err(HoldError::Busy { .. }) => Vf::VfioHeld,
                 Err(other) => return Err(other.into()),
             }
