@@ -48,14 +48,20 @@ echo >/sys/bus/pci/devices/{a}/driver_override"
             );
         }
         ensure!(!groups.is_empty(), "there is no VF to hold");
+        // The agent has a group open for a moment when it looks whose it is, and
+        // the kernel announces to nobody that it let go.
         let opens: Vec<String> = groups
             .iter()
-            .map(|g| format!("exec {{fd}}<>/dev/vfio/{g}"))
+            .map(|g| format!("hold /dev/vfio/{g}"))
             .collect();
         let script = format!(
             "systemctl reset-failed {UNIT} 2>/dev/null
 systemd-run -q --unit={UNIT} --service-type=notify --property=NotifyAccess=all \
-bash -euc '{}; systemd-notify --ready; exec sleep infinity'",
+bash -uc 'hold() {{
+  for ((n = 0; n < 50; n++)); do exec {{fd}}<>\"$1\" && return; sleep 0.1; done
+  echo \"$1 stays busy\"; exit 1
+}}
+{}; systemd-notify --ready; exec sleep infinity' || {{ journalctl -u {UNIT} -o cat -n 20 >&2; exit 1; }}",
             opens.join("; ")
         );
         sh(l1, &script).await.context("holding the groups")?;
