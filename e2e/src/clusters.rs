@@ -213,6 +213,13 @@ scheduler:
   - {name: leader-elect, value: \"false\"}
 ";
 
+/// A scenario that kills a program waits for its successor, not for a back-off.
+const KUBELET: &str = "\
+failCgroupV1: false
+crashLoopBackOff:
+  maxContainerRestartPeriod: 1s
+";
+
 /// kind reads JSON as YAML.
 fn config(spec: Spec) -> String {
     let patch = |kind: &str, rest: &str| format!("kind: {kind}\n{rest}");
@@ -225,7 +232,7 @@ fn config(spec: Spec) -> String {
             "serviceSubnet": spec.services,
         },
         "kubeadmConfigPatches": [
-            patch("KubeletConfiguration", "failCgroupV1: false\n"),
+            patch("KubeletConfiguration", KUBELET),
             patch("InitConfiguration", "skipPhases: [preflight]\n"),
             patch("ClusterConfiguration", ALONE),
         ],

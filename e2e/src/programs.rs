@@ -15,9 +15,10 @@ const TARGET: &str = "x86_64-unknown-linux-musl";
 /// too slowly, and a release build, which takes too long to wait for.
 const PROFILE: &str = "image";
 
-/// Compiles all programs of `packages`, static, and returns their folder. The target folder
+/// Compiles all programs of `packages`, static, with `features` (`package/feature`), and
+/// returns their folder. The target folder
 /// is the cache's own: `cargo e2e` may be running out of the checkout's, and as another user.
-pub(crate) fn compile(paths: &Paths, packages: &[&str]) -> Result<PathBuf> {
+pub(crate) fn compile(paths: &Paths, packages: &[&str], features: &[&str]) -> Result<PathBuf> {
     debian::ensure(paths, &["musl-tools"])?;
     ensure_target()?;
     let target_dir = paths.cache().join("target");
@@ -37,6 +38,7 @@ pub(crate) fn compile(paths: &Paths, packages: &[&str]) -> Result<PathBuf> {
                 ])
                 .args(named)
                 .arg("--bins")
+                .args(["--features", &features.join(",")])
                 .arg("--target-dir")
                 .arg(&target_dir)
                 .cwd(paths.source())

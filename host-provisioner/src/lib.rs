@@ -9,3 +9,4 @@ pub mod driver;
 pub mod hypervisor;
 pub mod kernel;
 pub mod node;
+pub mod points;

@@ -38,9 +38,11 @@ pub struct Images {
     pub guest_syncer: Image,
 }
 
-/// Compiles what changed and packs it.
+/// Compiles what changed and packs it. Unlike the released image the host-provisioner's has
+/// points at which scenarios stop it.
 pub fn build(paths: &Paths) -> Result<Images> {
-    let bin = programs::compile(paths, &["host-provisioner", "guest-syncer"])?;
+    let packages = ["host-provisioner", "guest-syncer"];
+    let bin = programs::compile(paths, &packages, &["host-provisioner/crash-points"])?;
     Ok(Images {
         host_provisioner: pack(paths, &bin, "host-provisioner")?,
         guest_syncer: pack(paths, &bin, "guest-syncer")?,

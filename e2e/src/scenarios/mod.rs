@@ -4,6 +4,7 @@
 //! error that says what was seen.
 
 mod clusters;
+mod killed;
 mod real;
 mod refusals;
 mod release;
@@ -64,6 +65,7 @@ pub fn all() -> Vec<Scenario> {
         release::scenarios,
         refusals::scenarios,
         restarts::scenarios,
+        killed::scenarios,
     ] {
         all.extend(theme());
     }

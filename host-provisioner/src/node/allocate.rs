@@ -18,6 +18,7 @@ use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::vf::{self, VfError};
 use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, VfFacts};
+use crate::points::{Point, reach};
 
 /// A PF with its VFs as the kernel has them.
 #[derive(Clone, Debug)]
@@ -188,19 +189,17 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
         device_id: None,
         iommu_group: None,
     };
+    reach(Point::Chosen);
     tracing::info!(
         claim = claim.meta().name,
         pf = device.physical_function,
         vf = device.vf_index,
         "allocated"
     );
-    Ok(Ok(status::decide(
-        api,
-        claim,
-        MANAGER,
-        &json!({"device": device}),
-    )
-    .await?))
+    let fields = json!({"device": device});
+    let claim = status::decide(api, claim, MANAGER, &fields).await?;
+    reach(Point::Allocated);
+    Ok(Ok(claim))
 }
 
 fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {

@@ -17,6 +17,7 @@ use super::qemu::{self, Vm, VmError};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::plan::device_id;
 use crate::hypervisor::{GuestView, HypervisorError, memory};
+use crate::points::{Point, reach};
 
 /// How long a reconcile waits for the guest to configure a device that QEMU
 /// has; afterwards the claim says so and is looked at again.
@@ -69,7 +70,9 @@ pub async fn record(
         qemu_start_time: i64::try_from(vm.process.start_time).unwrap_or(i64::MAX),
     };
     let fields = json!({"device": device, "attachment": attachment});
-    Ok(Ok(status::decide(api, claim, MANAGER, &fields).await?))
+    let claim = status::decide(api, claim, MANAGER, &fields).await?;
+    reach(Point::AttachmentRecorded);
+    Ok(Ok(claim))
 }
 
 fn refusal(why: &crate::hypervisor::plan::Unsupported) -> Wait {
@@ -125,9 +128,11 @@ pub async fn plug(agent: &Agent, claim: &VFClaim, vm: &Vm) -> StepResult<()> {
         }
         Err(error) => Err(error),
     };
+    reach(Point::DeviceAdded);
     // However it ended: the node of this group must not stay in the container.
     let pod_uid = vm.process.pod_uid.clone();
     let closed = gates(agent, move |gates| gates.close_device(&pod_uid, group)).await;
+    reach(Point::GroupClosed);
     let failed = added.is_err();
     if failed && present == 0 {
         let pod_uid = vm.process.pod_uid.clone();
@@ -174,7 +179,10 @@ pub async fn await_guest(claim: &VFClaim, vm: &Vm) -> StepResult<String> {
             .await
             .map_err(VmError::from)?;
         match view {
-            GuestView::Configured { address } => return Ok(Ok(address.to_string())),
+            GuestView::Configured { address } => {
+                reach(Point::GuestConfigured);
+                return Ok(Ok(address.to_string()));
+            }
             GuestView::Absent => {
                 return Ok(Err(Wait {
                     reason: reason::RETRYING,

@@ -14,6 +14,7 @@ use super::error::ReconcileError;
 use super::plan::Wait;
 use super::qemu::{Vm, VmError};
 use crate::hypervisor::Unplug;
+use crate::points::{Point, reach};
 
 /// How long one request to unplug is waited for. QEMU forgets none, and
 /// repeating it sooner than 10 s can cancel it (ACPI and native hotplug differ).
@@ -31,6 +32,7 @@ pub async fn unplug(claim: &VFClaim, vm: &Vm) -> StepResult<()> {
     match unplugged {
         Unplug::Deleted => {
             tracing::info!(id = attachment.qemu_device_id, "DEVICE_DELETED");
+            reach(Point::Unplugged);
             Ok(Ok(()))
         }
         Unplug::Pending { reason } => Ok(Err(Wait {
@@ -62,6 +64,7 @@ pub async fn close_gates(agent: &Agent, claim: &VFClaim) -> Result<(), Reconcile
         }
     })
     .await?;
+    reach(Point::GatesClosed);
     Ok(())
 }
 
@@ -77,5 +80,7 @@ pub async fn forget_attachment(
 /// Clears device and attachment: the VF is back. One write.
 pub async fn clear_device(api: &Api<VFClaim>, claim: &VFClaim) -> Result<VFClaim, ReconcileError> {
     let fields = json!({"attachment": null, "device": null, "guestDevice": null});
-    Ok(status::decide(api, claim, MANAGER, &fields).await?)
+    let claim = status::decide(api, claim, MANAGER, &fields).await?;
+    reach(Point::DeviceCleared);
+    Ok(claim)
 }

@@ -13,6 +13,7 @@ use crate::driver::{DriverError, VfDriver, driver_for};
 use crate::kernel::{
     GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
 };
+use crate::points::{Point, reach};
 
 /// What can go wrong with a VF on the host.
 #[derive(Debug, Error)]
@@ -145,6 +146,7 @@ pub fn prepare(
     isolated(kernel, pf, &vf)?;
     let held = prove_free(kernel, &vf)?;
     driver(pf)?.setup(kernel, pf, &vf, want)?;
+    reach(Point::Configured);
     let held = match held {
         Some(held) => held,
         None => {
@@ -155,6 +157,7 @@ pub fn prepare(
     // vfio-pci's probe may reset the function; what counts is what is there now.
     let got = kernel.vf_config(pf, index)?;
     drop(held);
+    reach(Point::Bound);
     if got != *want {
         return Err(KernelError::Readback {
             interface: pf.interface.clone().unwrap_or_default(),
@@ -188,16 +191,20 @@ pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfErro
     })?;
     let held = prove_free(kernel, &vf)?;
     driver(pf)?.teardown(kernel, pf, &vf)?;
+    reach(Point::Reset);
     drop(held);
     if vf.driver.is_some() {
         kernel.unbind(vf.address)?;
     }
+    reach(Point::Unbound);
     Ok(())
 }
 
 /// Gives an idle PF its VFs.
 pub fn create(kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), VfError> {
-    Ok(driver(pf)?.create(kernel, pf, count)?)
+    driver(pf)?.create(kernel, pf, count)?;
+    reach(Point::VfsCreated);
+    Ok(())
 }
 
 fn driver(pf: &PfFacts) -> Result<&'static dyn VfDriver, VfError> {

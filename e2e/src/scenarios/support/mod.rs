@@ -12,6 +12,7 @@ pub mod lab;
 pub mod pods;
 pub mod ports;
 pub mod site;
+pub mod stops;
 pub mod untouched;
 pub mod watch;
 pub mod wire;

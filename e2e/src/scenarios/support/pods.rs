@@ -1,11 +1,12 @@
 //! The project's own pods: found by their labels, killed, and replaced.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams};
-use kube::{Api, Client};
+use kube::{Api, Client, ResourceExt as _};
 
 use super::far::sh;
 use super::lab::Lab;
@@ -77,7 +78,7 @@ impl Part {
     }
 
     /// SIGKILL to its processes, on the node they run on.
-    async fn kill(self, lab: &Lab<'_>) -> Result<()> {
+    pub async fn kill(self, lab: &Lab<'_>) -> Result<()> {
         let script = format!(
             "n=0; for p in /proc/[0-9]*; do
 [[ $(<$p/comm) == {} ]] && kill -KILL ${{p#/proc/}} && ((++n)); done 2>/dev/null; echo $n",
@@ -125,11 +126,35 @@ impl Part {
         .await
     }
 
-    /// Both.
+    /// Kills it and waits until the kubelet runs a successor in the same pods, Ready or not.
     pub async fn restart(self, lab: &Lab<'_>) -> Result<()> {
-        let old = self.crash(lab).await?;
-        self.replaced(lab, &old).await
+        let old = restarts(&self.pods(lab).await?);
+        self.kill(lab).await?;
+        let what = format!("a successor of the {}", self.name());
+        wait::until(&what, LIMIT, EVERY, || async {
+            let now = restarts(&self.pods(lab).await?);
+            let newer = |(pod, n): (&String, &Option<i32>)| now.get(pod).is_some_and(|m| m > n);
+            Ok(if old.iter().all(newer) {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(format!(
+                    "restarts of running pods were {old:?}, are {now:?}"
+                ))
+            })
+        })
+        .await
     }
+}
+
+/// By name: how often the pod's container was started again, if it runs.
+fn restarts(pods: &[Pod]) -> BTreeMap<String, Option<i32>> {
+    let of = |pod: &Pod| {
+        let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+        let container = containers.first()?;
+        container.state.as_ref()?.running.as_ref()?;
+        Some(container.restart_count)
+    };
+    pods.iter().map(|p| (p.name_any(), of(p))).collect()
 }
 
 fn ready(pod: &Pod) -> bool {

@@ -15,6 +15,7 @@ use crate::hypervisor::launcher::{LauncherError, Proc, QemuProcess};
 use crate::hypervisor::memory::{self, MemoryFacts};
 use crate::hypervisor::plan::Unsupported;
 use crate::hypervisor::root::ContainerRoot;
+use crate::points::{Point, reach};
 
 /// How often a change is tried again when another program changes the same thing.
 const ATTEMPTS: usize = 5;
@@ -321,8 +322,11 @@ impl HostGates {
     /// stays in the journal.
     fn shut(&self, mut journal: Journal) -> Result<(), GateError> {
         let nodes = self.remove_nodes(&mut journal, &|_| true, true);
+        reach(Point::NodesRemoved);
         let rules = self.set_rules(&mut journal, &[]);
+        reach(Point::RulesRestored);
         let limit = self.restore_memlock(&mut journal);
+        reach(Point::MemlockRestored);
         nodes.and(rules).and(limit)?;
         self.journals.remove(&journal.pod_uid)
     }
@@ -399,9 +403,13 @@ impl Gates for HostGates {
             let wanted = self.wanted(&journal.open_groups)?;
             journal.memlock_needed = journal.memlock_needed.max(needed);
             self.save(&journal)?;
+            reach(Point::JournalWritten);
             self.raise(&mut journal, needed)?;
+            reach(Point::MemlockRaised);
             self.set_rules(&mut journal, &wanted)?;
+            reach(Point::RulesSet);
             self.open_nodes(&mut journal, qemu, group)?;
+            reach(Point::NodesMade);
             self.save(&journal)
         })
     }

@@ -16,6 +16,7 @@ use super::super::{
 };
 use super::transport::Connection;
 use super::{Address, inspect};
+use crate::points::{Point, reach};
 
 /// Queries are answered at once unless QEMU's big lock is held: pinning a guest's memory for
 /// another device may take this long.
@@ -271,6 +272,7 @@ impl Session for QmpSession {
                 if description.contains("already in the process of unplug") => {}
             Err(e) => return Err(e),
         }
+        reach(Point::UnplugRequested);
         self.wait_deleted(id, &mut events, until).await
     }
 
