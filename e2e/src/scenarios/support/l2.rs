@@ -24,10 +24,11 @@ pub async fn vfs(l2: &dyn Shell) -> Result<Vec<GuestVf>> {
     let script = r#"shopt -s nullglob
 for d in /sys/bus/pci/devices/*; do
     [[ $(<$d/vendor) == 0x8086 && $(<$d/device) == 0x10ca ]] || continue
-    driver=-; name=-; mac=-
-    [[ -e $d/driver ]] && driver=$(readlink $d/driver)
+    name=-; mac=-
+    driver=$(readlink $d/driver) || driver=-
+    # One that is just going has no address any more: it is not there.
     for n in $d/net/*; do
-        [[ -e /run/udev/data/n$(<$n/ifindex) ]] && name=${n##*/} mac=$(<$n/address)
+        m=$(<$n/address); [[ $m && -e /run/udev/data/n$(<$n/ifindex) ]] && name=${n##*/} mac=$m
     done 2>/dev/null
     echo "${d##*/} ${driver##*/} $name $mac"
 done"#;
