@@ -31,6 +31,7 @@ pub mod reason {
     pub const CLASS_NOT_FOUND: &str = "ClassNotFound";
     pub const CONFLICT: &str = "Conflict";
     pub const CORDONED: &str = "Cordoned";
+    pub const DEGRADED: &str = "Degraded";
     pub const DETACHING: &str = "Detaching";
     pub const GUEST_NOT_CONFIGURED: &str = "GuestNotConfigured";
     pub const GUEST_CLUSTER_NOT_FOUND: &str = "GuestClusterNotFound";
@@ -39,6 +40,7 @@ pub mod reason {
     pub const IN_USE_BY_HOST: &str = "InUseByHost";
     pub const INSUFFICIENT_MEMORY: &str = "InsufficientMemory";
     pub const IP_CONTRADICTS: &str = "IPContradicts";
+    pub const LOST: &str = "Lost";
     pub const MAC_IN_USE: &str = "MACAddressInUse";
     pub const NODE_NOT_FOUND: &str = "NodeNotFound";
     pub const NODE_WITHOUT_UUID: &str = "NodeWithoutSystemUUID";
@@ -59,6 +61,7 @@ pub mod reason {
     pub const REFUSED: &str = "RefusedByHost";
     pub const RELEASED: &str = "Released";
     pub const RELEASING: &str = "Releasing";
+    pub const REPAIRED: &str = "Repaired";
     pub const RESOLVED: &str = "Resolved";
     pub const RETRYING: &str = "Retrying";
     pub const SYNCED: &str = "Synced";

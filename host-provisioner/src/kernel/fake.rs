@@ -17,8 +17,8 @@ use common::pci::{PciAddress, PciId};
 
 use super::netlink::VfSetting;
 use super::{
-    GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, VFIO_PCI, VfConfig,
-    VfFacts,
+    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, VFIO_PCI,
+    VfConfig, VfFacts, Watcher,
 };
 
 use state::State;
@@ -51,6 +51,7 @@ pub fn igb_pf(address: PciAddress) -> PfFacts {
         iommu_group: Some(u32::from(address.bus())),
         group_members: vec![address],
         in_use_by_host: None,
+        up: false,
         identity: String::new(),
     };
     facts.identity = facts.identify();
@@ -112,6 +113,29 @@ impl FakeKernel {
         if let Some(vf) = self.lock().vf_mut(vf) {
             vf.config = config;
         }
+    }
+
+    /// Takes the PF's interface down behind everybody's back.
+    pub fn take_down(&self, pf: PciAddress) {
+        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
+            pf.facts.up = false;
+        }
+    }
+
+    /// Gives the PF another number of VFs behind everybody's back, whoever uses them.
+    pub fn give_vfs(&self, pf: PciAddress, count: u16) {
+        self.lock().resize(pf, count);
+    }
+
+    /// How many watch.
+    #[must_use]
+    pub fn watchers(&self) -> usize {
+        self.lock().watchers.0.len()
+    }
+
+    /// Tells all who watch.
+    pub fn announce(&self, change: &Change) {
+        self.lock().watchers.0.retain(|told| told(change.clone()));
     }
 
     /// The MAC that a guest's driver would find: `None` when it was set while
@@ -252,7 +276,7 @@ impl Kernel for FakeKernel {
     fn set_vf_config(&self, pf: &PfFacts, index: u16, want: &VfConfig) -> Result<(), KernelError> {
         let mut state = self.lock();
         let interface = interface(pf)?.to_owned();
-        let up = state.pf(pf.address)?.up;
+        let up = state.pf(pf.address)?.facts.up;
         let have = state.vf_by_index(pf.address, &interface, index)?.config;
         for (setting, now) in VfSetting::all(want).into_iter().zip(VfSetting::all(&have)) {
             if setting == now {
@@ -297,8 +321,8 @@ impl Kernel for FakeKernel {
                 source: io::Error::from_raw_os_error(libc::ENODEV),
             });
         };
-        if !pf.up {
-            pf.up = true;
+        if !pf.facts.up {
+            pf.facts.up = true;
             state.writes.push(Write::LinkUp(interface.to_owned()));
         }
         Ok(())
@@ -340,6 +364,11 @@ impl Kernel for FakeKernel {
         state.due_failure("reset_function", &device_file(vf, "reset"))?;
         state.vf(vf)?;
         state.writes.push(Write::Reset(vf));
+        Ok(())
+    }
+
+    fn watch(&self, told: Watcher) -> Result<(), KernelError> {
+        self.lock().watchers.0.push(told);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! decides whether a device may be touched: that is the planner's, and every
 //! writing function says what its caller must have proven.
 
+mod changes;
 mod config_space;
 mod error;
 #[cfg(any(test, feature = "fake-kernel"))]
@@ -18,6 +19,7 @@ mod vfio;
 
 use common::pci::PciAddress;
 
+pub use changes::{Change, Watcher};
 pub use error::{HoldError, KernelError};
 pub use real::RealKernel;
 pub use types::{
@@ -48,6 +50,10 @@ pub trait Kernel: Send + Sync + 'static {
     ///
     /// The caller has proven that no VF of `pf` is in use: the kernel does not check.
     fn set_num_vfs(&self, pf: PciAddress, count: u16) -> Result<(), KernelError>;
+
+    /// Tells `told` of what changes from now on, on threads made for it, until it
+    /// answers that nobody listens any more.
+    fn watch(&self, told: Watcher) -> Result<(), KernelError>;
 
     /// The VF's settings as the kernel reports them.
     fn vf_config(&self, pf: &PfFacts, index: u16) -> Result<VfConfig, KernelError>;

@@ -15,7 +15,7 @@ use super::netlink::{NetUse, Netlink, RtNetlink, VfSetting};
 use super::sysfs::{Attributes, Files, Sysfs};
 use super::{
     GroupHold, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig,
-    VfFacts, config_space, host_use, sysfs, vfio,
+    VfFacts, Watcher, changes, config_space, host_use, sysfs, vfio,
 };
 
 /// Enabling VFs sleeps 100 ms in the kernel and disabling 1 s (drivers/pci/iov.c);
@@ -90,6 +90,7 @@ impl RealKernel {
             in_use_by_host: interface
                 .as_deref()
                 .and_then(|name| host_use::reason(usage, name)),
+            up: link.is_some_and(|link| link.up),
             interface,
             identity: String::new(),
         };
@@ -234,6 +235,10 @@ impl Kernel for RealKernel {
             });
         }
         self.wait_for_vfs(pf, &device, count)
+    }
+
+    fn watch(&self, told: Watcher) -> Result<(), KernelError> {
+        changes::watch(&self.roots.sys, &told)
     }
 
     fn vf_config(&self, pf: &PfFacts, index: u16) -> Result<VfConfig, KernelError> {

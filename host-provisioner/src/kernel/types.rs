@@ -134,6 +134,8 @@ pub struct PfFacts {
     pub group_members: Vec<PciAddress>,
     /// Why this PF is the host's own, in words: never written to then.
     pub in_use_by_host: Option<String>,
+    /// Its network interface is administratively up.
+    pub up: bool,
     /// What tells this piece of hardware from every other, see [`PfFacts::identify`].
     pub identity: String,
 }

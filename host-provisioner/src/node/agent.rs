@@ -5,14 +5,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::api::PhysicalFunction;
+use common::api::{ClaimRef, PhysicalFunction, VFClaim};
 use common::kube::Backoff;
 use common::kube::events::Events;
 use kube::Client;
-use kube::runtime::reflector::Store;
-use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
+use kube::runtime::reflector::{ObjectRef, Store};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, mpsc, watch};
 
 use super::ledger::Ledger;
+use super::listen::Listeners;
 use super::sessions::Sessions;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::gates::Gates;
@@ -31,6 +32,7 @@ pub struct Agent {
     pub kernel: Arc<dyn Kernel>,
     pub hypervisor: Arc<dyn Hypervisor>,
     pub sessions: Sessions,
+    pub listeners: Listeners,
     pub gates: Arc<dyn Gates>,
     pub proc: Proc,
     /// Root ports of a VM that are left to KubeVirt's own hotplugs.
@@ -41,6 +43,8 @@ pub struct Agent {
     pub vm_turns: Turns,
     /// Told when a VF became free or a PF changed: claims that wait look again.
     pub pool_changed: watch::Sender<()>,
+    /// Claims that are to be looked at, though nothing was written to them.
+    pub woken: mpsc::UnboundedSender<ObjectRef<VFClaim>>,
     /// Told when a `PhysicalFunction`'s report is due.
     pub report_due: watch::Sender<()>,
     /// This node's `PhysicalFunction` objects, as watched.
@@ -52,6 +56,13 @@ impl Agent {
     /// Tells what waits for the pool that it changed.
     pub fn tell_pool_changed(&self) {
         self.pool_changed.send_replace(());
+    }
+
+    /// Has a claim looked at.
+    pub fn wake(&self, claim: &ClaimRef) {
+        let reference = ObjectRef::new(&claim.name).within(&claim.namespace);
+        // Nobody takes it in only when the agent is stopping.
+        let _ = self.woken.send(reference);
     }
 
     /// Tells who publishes that a claim took a VF, or came further with it.

@@ -211,6 +211,7 @@ fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {
         },
         claim: wish.claim.clone(),
         mac_address: wish.config.mac.to_string(),
+        wanted: Some(wish.config),
         vm_uid: wish.vm_uid.clone(),
         pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
         port: None,

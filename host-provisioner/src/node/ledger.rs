@@ -11,6 +11,9 @@ use std::collections::{BTreeSet, HashMap};
 use common::api::{ClaimRef, VFClaim};
 use thiserror::Error;
 
+use super::pool::wanted_config;
+use crate::kernel::VfConfig;
+
 /// A VF by the PF it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VfKey {
@@ -26,6 +29,8 @@ pub struct Entry {
     pub claim: ClaimRef,
     /// The granted MAC, lower case: one MAC is used once on a PF.
     pub mac_address: String,
+    /// The granted settings; `None` when they cannot be read.
+    pub wanted: Option<VfConfig>,
     /// The VM (`status.vm.uid`): claims may share an IOMMU group only in one VM.
     pub vm_uid: String,
     /// The launcher's pod.
@@ -80,6 +85,10 @@ impl Ledger {
                 .as_ref()
                 .map(|a| a.network.mac_address.to_ascii_lowercase())
                 .unwrap_or_default(),
+            wanted: status
+                .admitted
+                .as_ref()
+                .and_then(|a| wanted_config(&a.network).ok()),
             vm_uid: status
                 .vm
                 .as_ref()
@@ -166,6 +175,15 @@ impl Ledger {
             .filter(move |e| e.vf.physical_function == physical_function)
     }
 
+    /// The claims with a recorded attachment in a launcher.
+    #[must_use]
+    pub fn attached_in(&self, pod_uid: &str) -> Vec<ClaimRef> {
+        let all = self.entries.values();
+        all.filter(|e| e.attached() && e.pod_uid == pod_uid)
+            .map(|e| e.claim.clone())
+            .collect()
+    }
+
     /// Other claims with a recorded attachment in the same launcher.
     #[must_use]
     pub fn others_attached_in(&self, pod_uid: &str, except_claim: &str) -> usize {
@@ -216,6 +234,7 @@ mod tests {
                 uid: uid.into(),
             },
             mac_address: String::new(),
+            wanted: None,
             vm_uid: "vm".into(),
             pod_uid: "pod".into(),
             port: None,

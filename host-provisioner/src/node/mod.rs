@@ -2,15 +2,18 @@
 //!
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
-//! through them; `vf`, `attach`, `release`, `qemu` and `gone` execute; `publish` reports.
+//! through them; `vf`, `attach`, `release`, `qemu` and `gone` execute; `publish` reports;
+//! `hold` and `listen` tell which claims are to be looked at again.
 
 mod agent;
 mod allocate;
 mod attach;
 mod error;
 mod gone;
+pub mod hold;
 pub mod inventory;
 pub mod ledger;
+mod listen;
 mod lock;
 pub mod plan;
 pub mod pool;

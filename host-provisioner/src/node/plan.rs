@@ -10,6 +10,8 @@
 
 use common::api::reason;
 
+use super::hold::Drift;
+
 /// What the claim itself says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClaimFacts {
@@ -19,6 +21,8 @@ pub struct ClaimFacts {
     pub bound: bool,
     pub device: bool,
     pub attachment: bool,
+    /// It says that the guest has the device.
+    pub reported: bool,
 }
 
 /// The claim's VF as the host kernel has it.
@@ -70,11 +74,20 @@ pub enum Qemu {
     Running(InQemu),
 }
 
+/// What the kernel does for a VF that the guest has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// What was granted.
+    AsGranted,
+    Drifted(Drift),
+}
+
 /// Facts gathered so far; `None` is "not looked yet".
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     pub vf: Option<VfSeen>,
     pub qemu: Option<Qemu>,
+    pub service: Option<Service>,
 }
 
 /// Why a claim has to wait; becomes a condition.
@@ -101,12 +114,19 @@ pub enum Step {
     Plug,
     /// Wait for the guest to configure the device.
     AwaitGuest,
+    /// See whether the kernel still does for the guest's VF what was granted.
+    LookAtService,
+    /// Make it do so again.
+    Repair(Drift),
     /// Report the attached device.
     ReportAttached {
         guest_address: String,
     },
     /// The QEMU of the attachment is gone: clear it and begin again.
     ForgetAttachment,
+    /// The guest had the device and QEMU has it no more: say so, clear the attachment and
+    /// begin again. The VF may be another by now, in another IOMMU group.
+    Lose(Wait),
     /// `device_del` and wait for DEVICE_DELETED.
     Unplug,
     /// Close what is left of the gates, reset the VF and leave it driverless.
@@ -151,16 +171,26 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         }
         return match &seen.qemu {
             Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-            Some(Qemu::Running(InQemu::Configured(address))) => Step::ReportAttached {
-                guest_address: address.clone(),
-            },
+            Some(Qemu::Running(InQemu::Configured(address))) => keep(claim, seen, address),
             _ => Step::LookAtVf,
         };
     };
     if claim.attachment {
-        attach_recorded(vf, seen)
+        attach_recorded(claim, vf, seen)
     } else {
         attach_new(vf, seen)
+    }
+}
+
+/// The guest has the device. What was granted was read back before it got it; what somebody
+/// did to it since is seen by looking again.
+fn keep(claim: ClaimFacts, seen: &Seen, address: &str) -> Step {
+    match &seen.service {
+        None if claim.reported => Step::LookAtService,
+        Some(Service::Drifted(drift)) => Step::Repair(drift.clone()),
+        None | Some(Service::AsGranted) => Step::ReportAttached {
+            guest_address: address.to_owned(),
+        },
     }
 }
 
@@ -200,7 +230,7 @@ fn make_ready(vf: &VfSeen) -> Option<Step> {
     }
 }
 
-fn attach_recorded(vf: &VfSeen, seen: &Seen) -> Step {
+fn attach_recorded(claim: ClaimFacts, vf: &VfSeen, seen: &Seen) -> Step {
     match &seen.qemu {
         None => Step::LookAtQemu,
         Some(Qemu::Gone) => match vf.vf {
@@ -212,12 +242,30 @@ fn attach_recorded(vf: &VfSeen, seen: &Seen) -> Step {
             _ => Step::ForgetAttachment,
         },
         Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
+        Some(Qemu::Running(InQemu::Absent)) if claim.reported => Step::Lose(Wait {
+            reason: reason::LOST,
+            message: lost(vf),
+        }),
         Some(Qemu::Running(InQemu::Absent)) => make_ready(vf).unwrap_or(Step::Plug),
         Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-        Some(Qemu::Running(InQemu::Configured(address))) => Step::ReportAttached {
-            guest_address: address.clone(),
-        },
+        Some(Qemu::Running(InQemu::Configured(address))) => keep(claim, seen, address),
     }
+}
+
+/// Why the VM no longer has a device that nobody here took, from what became of its VF.
+fn lost(vf: &VfSeen) -> String {
+    let cause = match &vf.vf {
+        Vf::Absent => {
+            "its VF was taken away on the host: somebody changed the number of VFs of the physical function or reloaded its driver"
+        }
+        Vf::Driverless | Vf::OtherDriver(_) => {
+            "its VF was taken from vfio-pci on the host by somebody else"
+        }
+        Vf::VfioFree | Vf::VfioHeld => {
+            "the guest ejected it, or somebody unplugged it at QEMU's monitor"
+        }
+    };
+    format!("the VM lost the device unasked: {cause}. It is attached again")
 }
 
 fn release(claim: ClaimFacts, seen: &Seen) -> Step {
@@ -253,6 +301,7 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::VfConfig;
 
     fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
         ClaimFacts {
@@ -260,6 +309,7 @@ mod tests {
             bound: true,
             device,
             attachment,
+            reported: false,
         }
     }
 
@@ -311,6 +361,7 @@ mod tests {
         let seen = Seen {
             qemu: Some(Qemu::Running(InQemu::Plugged)),
             vf: None,
+            service: None,
         };
         assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
     }
@@ -343,6 +394,7 @@ mod tests {
             let seen = Seen {
                 vf: vf(foreign.clone(), false, false),
                 qemu: None,
+                service: None,
             };
             assert_eq!(
                 next_step(claim(true, true, false), &seen),
@@ -356,12 +408,69 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_has_its_device_is_kept_served() {
+        let kept = ClaimFacts {
+            reported: true,
+            ..claim(false, true, true)
+        };
+        let address = "0000:05:00.0".to_owned();
+        let mut seen = Seen {
+            qemu: Some(Qemu::Running(InQemu::Configured(address.clone()))),
+            ..Seen::default()
+        };
+        assert_eq!(next_step(kept, &seen), Step::LookAtService);
+        let drift = Drift::of(false, &VfConfig::CLEAN, VfConfig::CLEAN).unwrap();
+        seen.service = Some(Service::Drifted(drift.clone()));
+        assert_eq!(next_step(kept, &seen), Step::Repair(drift));
+        seen.service = Some(Service::AsGranted);
+        let report = Step::ReportAttached {
+            guest_address: address,
+        };
+        assert_eq!(next_step(kept, &seen), report);
+        // What was read back a moment ago is not looked at again on the way up.
+        seen.service = None;
+        assert_eq!(next_step(claim(false, true, true), &seen), report);
+    }
+
+    #[test]
+    fn a_device_that_left_unasked_is_lost_with_its_cause_and_a_new_one_is_none() {
+        let kept = ClaimFacts {
+            reported: true,
+            ..claim(false, true, true)
+        };
+        let mut seen = Seen {
+            qemu: Some(Qemu::Running(InQemu::Absent)),
+            ..Seen::default()
+        };
+        assert_eq!(next_step(kept, &seen), Step::LookAtVf);
+        for (now, cause) in [
+            (Vf::Absent, "number of VFs"),
+            (Vf::Driverless, "taken from vfio-pci"),
+            (Vf::VfioFree, "ejected"),
+        ] {
+            seen.vf = vf(now, true, false);
+            let Step::Lose(wait) = next_step(kept, &seen) else {
+                panic!("not lost")
+            };
+            assert_eq!(wait.reason, reason::LOST);
+            assert!(wait.message.contains(cause), "{}", wait.message);
+        }
+        assert_eq!(next_step(claim(false, true, true), &seen), Step::Plug);
+        let going = ClaimFacts {
+            deleting: true,
+            ..kept
+        };
+        assert_eq!(next_step(going, &seen), Step::Clean);
+    }
+
+    #[test]
     fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
         let facts = ClaimFacts {
             deleting: false,
             bound: false,
             device: false,
             attachment: false,
+            reported: false,
         };
         assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
     }

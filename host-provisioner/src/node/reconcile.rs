@@ -1,36 +1,32 @@
 //! One claim's reconcile: fetch, validate, plan, apply, report. `plan` decides,
 //! `vf`, `attach` and `release` execute; this file carries the facts between them.
 
+mod end;
+mod keep;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::api::{Admitted, DeviceStatus, GuestDevice, VFClaim, VFClaimStatus, reason};
 use common::kube::is_conflict;
-use common::kube::status::{Report, report};
 use kube::runtime::controller::Action;
-use kube::{Api, Resource as _};
-use serde_json::{Map, json};
+use kube::{Api, ResourceExt as _};
 use tokio::sync::OwnedMutexGuard;
 
-use super::agent::{Agent, MANAGER};
+use super::agent::Agent;
 use super::error::ReconcileError;
 use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
 use super::pool::wanted_config;
 use super::qemu::{self, Vm};
-use super::report::{OWN, Outcome, conditions, waits_for};
+use super::report::Outcome;
 use super::vf::{self, VfError};
-use super::{allocate, attach, gone, inventory, release};
+use super::{allocate, attach, gone, inventory, listen, release};
 use crate::kernel::PfFacts;
+use end::End;
 
 /// No claim needs more steps than this in one reconcile: more is a defect, and
 /// is reported rather than looped on.
 const MAX_STEPS: usize = 40;
-/// An attached claim is looked at again, in case something was missed.
-const RESYNC: Duration = Duration::from_secs(300);
-/// What waits for something that announces itself to nobody.
-const WAITING: Duration = Duration::from_secs(10);
-/// What waits for the guest is looked at sooner.
-const GUEST: Duration = Duration::from_secs(2);
 
 /// Reconciles a claim; never fails: what goes wrong is reported on the claim
 /// and tried again.
@@ -65,7 +61,7 @@ pub async fn reconcile(cached: Arc<VFClaim>, agent: Arc<Agent>) -> Action {
         }
         Err(error) => {
             let action = walk.failed(&uid, &error);
-            let outcome = walk.outcome(Wait {
+            let outcome = walk.unknown(Wait {
                 reason: reason::RETRYING,
                 message: error.to_string(),
             });
@@ -96,12 +92,6 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
         device: None,
         turn: None,
     }))
-}
-
-/// How a walk ended.
-struct End {
-    outcome: Option<Outcome>,
-    next: Action,
 }
 
 /// A claim on its way, with the facts gathered so far.
@@ -142,6 +132,7 @@ impl Walk {
             bound: status.is_some_and(|s| s.admitted.is_some() && s.launcher.is_some()),
             device: status.is_some_and(|s| s.device.is_some()),
             attachment: status.is_some_and(|s| s.attachment.is_some()),
+            reported: status.is_some_and(|s| s.guest_device.is_some()),
         }
     }
 
@@ -187,6 +178,8 @@ impl Walk {
                     Err(wait) => return Ok(Some(self.wait(wait))),
                 }
             }
+            Step::LookAtService => return self.look_at_service().await,
+            Step::Repair(drift) => return self.repair(drift).await,
             Step::ReportAttached { guest_address } => {
                 let device = GuestDevice {
                     pci_address: guest_address.clone(),
@@ -197,13 +190,11 @@ impl Walk {
                     next: Action::requeue(self.keep().await),
                 }));
             }
-            Step::ForgetAttachment => {
-                self.take_vm_turn().await;
-                release::close_gates(&self.agent, &self.claim).await?;
-                let claim = release::forget_attachment(&self.api, &self.claim).await?;
-                self.renew(claim)?;
-                self.turn = None;
-                self.seen = Seen::default();
+            Step::ForgetAttachment => self.forget_attachment().await?,
+            Step::Lose(wait) => {
+                self.report(&Outcome::NotAttached(wait.clone())).await?;
+                self.claim = self.api.get(&self.claim.name_any()).await?;
+                self.forget_attachment().await?;
             }
             Step::Unplug => {
                 let vm = self.vm()?;
@@ -216,22 +207,11 @@ impl Walk {
             Step::ClearDevice => {
                 let claim = release::clear_device(&self.api, &self.claim).await?;
                 self.renew(claim)?;
+                listen::prune(&self.agent);
                 self.agent.tell_pool_changed();
             }
         }
         Ok(None)
-    }
-
-    /// Keeps what an attached device needs as it is; when to look again. The device works
-    /// whether or not that succeeds, so the claim stays Ready.
-    async fn keep(&self) -> Duration {
-        match attach::keep_memlock(&self.agent, &self.claim).await {
-            Ok(()) => RESYNC,
-            Err(error) => {
-                tracing::warn!(claim = self.claim.metadata.name, %error, "memlock");
-                WAITING
-            }
-        }
     }
 
     /// Takes over what a write answered.
@@ -351,6 +331,17 @@ impl Walk {
         .await?)
     }
 
+    async fn forget_attachment(&mut self) -> Result<(), ReconcileError> {
+        self.take_vm_turn().await;
+        release::close_gates(&self.agent, &self.claim).await?;
+        let claim = release::forget_attachment(&self.api, &self.claim).await?;
+        self.renew(claim)?;
+        self.turn = None;
+        self.seen = Seen::default();
+        listen::prune(&self.agent);
+        Ok(())
+    }
+
     async fn take_vm_turn(&mut self) {
         if self.turn.is_none() {
             let pod_uid = self
@@ -402,95 +393,6 @@ impl Walk {
         })
         .await?;
         self.seen.vf = None;
-        Ok(())
-    }
-
-    /// Where a wait leaves the claim.
-    fn outcome(&self, wait: Wait) -> Outcome {
-        let facts = self.facts();
-        let ready = matches!(
-            self.seen.vf,
-            Some(VfSeen {
-                vf: Vf::VfioFree,
-                configured: true,
-                ..
-            })
-        );
-        match facts {
-            ClaimFacts { deleting: true, .. } => Outcome::Releasing(wait),
-            ClaimFacts { device: false, .. } => Outcome::NotAllocated(wait),
-            ClaimFacts {
-                attachment: true, ..
-            } => Outcome::NotAttached(wait),
-            _ if ready => Outcome::NotAttached(wait),
-            _ => Outcome::NotPrepared(wait),
-        }
-    }
-
-    fn wait(&self, wait: Wait) -> End {
-        let again = match wait.reason {
-            reason::GUEST_NOT_CONFIGURED | reason::UNPLUG_PENDING | reason::RETRYING => GUEST,
-            _ => WAITING,
-        };
-        End {
-            outcome: Some(self.outcome(wait)),
-            next: Action::requeue(again),
-        }
-    }
-
-    fn failed(&self, uid: &str, error: &ReconcileError) -> Action {
-        let class = error.class();
-        let again = self.agent.backoff.failed(uid.to_owned());
-        tracing::warn!(
-            claim = self.claim.metadata.name,
-            class = class.as_str(),
-            %error,
-            again_in = ?again,
-            "reconcile failed"
-        );
-        Action::requeue(again)
-    }
-
-    /// Writes the conditions and the guest's device, when they differ from what
-    /// is there, and an event for what a person should know.
-    async fn report(&self, outcome: &Outcome) -> Result<(), ReconcileError> {
-        let status = self.claim.status.clone().unwrap_or_default();
-        let mut fields = Map::new();
-        let mut seen = Map::new();
-        if let Outcome::Attached(device) = outcome {
-            fields.insert("guestDevice".to_owned(), json!(device));
-        }
-        if let Some(device) = &status.guest_device {
-            seen.insert("guestDevice".to_owned(), json!(device));
-        }
-        let said = Report {
-            manager: MANAGER,
-            owned: &OWN,
-            conditions: conditions(outcome),
-            observed_generation: self.claim.metadata.generation,
-            fields,
-        };
-        let written = report(&self.api, &self.claim, &status.conditions, &seen, &said).await?;
-        if written.is_none() {
-            return Ok(());
-        }
-        let on = self.claim.object_ref(&());
-        match (waits_for(outcome), outcome) {
-            (Some(wait), _) => {
-                self.agent
-                    .events
-                    .warning(&on, "Attach", wait.reason, &wait.message)
-                    .await;
-            }
-            (None, Outcome::Attached(device)) => {
-                let note = format!("the VM has the VF at PCI address {}", device.pci_address);
-                self.agent
-                    .events
-                    .normal(&on, "Attach", reason::ATTACHED, &note)
-                    .await;
-            }
-            (None, _) => {}
-        }
         Ok(())
     }
 }

@@ -27,6 +27,8 @@ pub enum Outcome {
     NotAttached(Wait),
     /// The guest has it.
     Attached(GuestDevice),
+    /// The guest has it, and it does not do what was granted, or that is not known.
+    Degraded(GuestDevice, Wait),
     /// It is going, and something has to be waited for.
     Releasing(Wait),
 }
@@ -75,6 +77,15 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
                 done(type_::READY, reason::READY, &message),
             ]
         }
+        Outcome::Degraded(device, wait) => {
+            let message = format!("the VM has the VF at PCI address {}", device.pci_address);
+            vec![
+                allocated,
+                not(type_::PREPARED, wait),
+                done(type_::ATTACHED, reason::ATTACHED, &message),
+                not(type_::READY, wait),
+            ]
+        }
         Outcome::Releasing(wait) => {
             vec![
                 allocated,
@@ -93,6 +104,7 @@ pub const fn waits_for(outcome: &Outcome) -> Option<&Wait> {
         Outcome::NotAllocated(wait)
         | Outcome::NotPrepared(wait)
         | Outcome::NotAttached(wait)
+        | Outcome::Degraded(_, wait)
         | Outcome::Releasing(wait) => Some(wait),
         Outcome::Attached(_) => None,
     }

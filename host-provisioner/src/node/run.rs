@@ -20,14 +20,15 @@ use kube::runtime::reflector;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client};
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, SharedLedger, Turns};
+use super::listen::Listeners;
 use super::lock::{AgentLock, LockError};
 use super::sessions::Sessions;
 use super::vf::VfError;
-use super::{gone, publish, reconcile};
+use super::{gone, hold, publish, reconcile};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
@@ -90,17 +91,21 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
     let ready = health.check("ledger", "the claims of this node are not read yet");
     let endpoint = telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
 
-    let agent = Arc::new(build(&args, kube.client(), &stop).await?);
+    let (woken, wakes) = mpsc::unbounded_channel();
+    let agent = Arc::new(build(&args, kube.client(), woken, &stop).await?);
     fill_ledger(&agent).await?;
     recover_gates(&agent).await?;
     ready.pass();
     tracing::info!(node = agent.node_name, "serving");
 
     let publisher = tokio::spawn(publish::run(Arc::clone(&agent), stop.clone()));
-    claims(&agent, &args, stop).await;
-    publisher
-        .await
-        .map_err(|e| NodeError::Thread(e.to_string()))?;
+    let holder = tokio::spawn(hold::run(Arc::clone(&agent), stop.clone()));
+    claims(&agent, &args, wakes, stop).await;
+    let thread = |e: tokio::task::JoinError| NodeError::Thread(e.to_string());
+    publisher.await.map_err(thread)?;
+    if let Err(error) = holder.await.map_err(thread)? {
+        tracing::error!(%error, "what the kernel changed was not listened to");
+    }
     drop(endpoint);
     Ok(())
 }
@@ -108,6 +113,7 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
 async fn build(
     args: &NodeArgs,
     client: Client,
+    woken: mpsc::UnboundedSender<reflector::ObjectRef<VFClaim>>,
     stop: &CancellationToken,
 ) -> Result<Agent, NodeError> {
     let kernel: Arc<dyn Kernel> = Arc::new(RealKernel::new(Roots::default()));
@@ -130,6 +136,7 @@ async fn build(
         kernel,
         hypervisor: Arc::new(QmpHypervisor::new(args.qmp_socket.clone())),
         sessions: Sessions::default(),
+        listeners: Listeners::default(),
         gates: Arc::new(gates),
         proc: Proc::new("/proc"),
         reserved_ports: args.reserved_ports,
@@ -140,6 +147,7 @@ async fn build(
         pf_turns: Turns::default(),
         vm_turns: Turns::default(),
         pool_changed,
+        woken,
         report_due: watch::channel(()).0,
         functions,
         ledger: SharedLedger::default(),
@@ -229,13 +237,19 @@ async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
 }
 
 /// Reconciles this node's claims until stopped.
-async fn claims(agent: &Arc<Agent>, args: &NodeArgs, stop: CancellationToken) {
+async fn claims(
+    agent: &Arc<Agent>,
+    args: &NodeArgs,
+    mut woken: mpsc::UnboundedReceiver<reflector::ObjectRef<VFClaim>>,
+    stop: CancellationToken,
+) {
     let api: Api<VFClaim> = Api::all(agent.client.clone());
     let mine = watcher::Config::default().fields(&format!("status.hostNode={}", agent.node_name));
     let pool = changes_of(agent.pool_changed.subscribe());
     Controller::new(api, mine)
         .with_config(controller::Config::default().concurrency(args.worker_threads))
         .reconcile_all_on(pool)
+        .reconcile_on(stream::poll_fn(move |cx| woken.poll_recv(cx)))
         .graceful_shutdown_on(async move { stop.cancelled().await })
         .run(
             |claim, agent| async move {

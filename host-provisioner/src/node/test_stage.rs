@@ -11,14 +11,15 @@ use common::kube::Backoff;
 use common::kube::events::Events;
 use common::pci::PciAddress;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
-use kube::runtime::reflector;
+use kube::runtime::reflector::{self, ObjectRef};
 use kube::{Api, Client};
 use serde_json::json;
 use test_apiserver::TestApiServer;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::agent::{Agent, SharedLedger, Turns};
 use super::inventory;
+use super::listen::Listeners;
 use super::sessions::Sessions;
 use crate::hypervisor::gates::journal::Journal;
 use crate::hypervisor::gates::{GateError, Gates, Recovered};
@@ -78,6 +79,8 @@ pub(super) struct Stage {
     pub(super) agent: Arc<Agent>,
     pub(super) kernel: FakeKernel,
     pub(super) pf: PfFacts,
+    /// Claims that the agent has woken.
+    pub(super) wakes: mpsc::UnboundedReceiver<ObjectRef<VFClaim>>,
     client: Client,
     _server: TestApiServer,
     _proc: tempfile::TempDir,
@@ -101,6 +104,7 @@ impl Stage {
         writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
 
         let second = Duration::from_secs(1);
+        let (woken, wakes) = mpsc::unbounded_channel();
         let agent = Agent {
             client: client.clone(),
             node_name: NODE.into(),
@@ -108,6 +112,7 @@ impl Stage {
             kernel: Arc::new(kernel.clone()),
             hypervisor: Arc::new(NoVm),
             sessions: Sessions::default(),
+            listeners: Listeners::default(),
             gates: Arc::new(NoVm),
             proc: Proc::new(proc.path()),
             reserved_ports: 2,
@@ -117,6 +122,7 @@ impl Stage {
             vm_turns: Turns::default(),
             pool_changed: watch::channel(()).0,
             report_due: watch::channel(()).0,
+            woken,
             functions,
             ledger: SharedLedger::default(),
         };
@@ -124,6 +130,7 @@ impl Stage {
             agent: Arc::new(agent),
             kernel,
             pf,
+            wakes,
             client,
             _server: server,
             _proc: proc,

@@ -8,6 +8,7 @@ use common::api::DeviceStatus;
 use common::pci::PciAddress;
 use thiserror::Error;
 
+use super::hold::Drift;
 use super::plan::{Vf, VfSeen};
 use crate::driver::{DriverError, VfDriver, driver_for};
 use crate::kernel::{
@@ -198,6 +199,36 @@ pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfErro
     }
     reach(Point::Unbound);
     Ok(())
+}
+
+/// How the VF that a guest has differs from what it was granted. Asks the PF alone: the
+/// VF's group is the guest's.
+pub fn drift(
+    kernel: &dyn Kernel,
+    pf: &PfFacts,
+    index: u16,
+    want: &VfConfig,
+) -> Result<Option<Drift>, VfError> {
+    Ok(Drift::of(pf.up, want, kernel.vf_config(pf, index)?))
+}
+
+/// Gives the VF that a guest has what it was granted again, and reads it back.
+pub fn repair(
+    kernel: &dyn Kernel,
+    pf: &PfFacts,
+    index: u16,
+    want: &VfConfig,
+) -> Result<(), VfError> {
+    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf {
+        pf: pf.address,
+        index,
+    })?;
+    let mut want = *want;
+    if want.trust {
+        // A trusted guest may have chosen another, and its driver goes by that.
+        want.mac = kernel.vf_config(pf, index)?.mac;
+    }
+    Ok(driver(pf)?.setup(kernel, pf, &vf, &want)?)
 }
 
 /// Gives an idle PF its VFs.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::pci::{PciAddress, PciId};
 
-use crate::kernel::{KernelError, MacAddr, PfFacts, VFIO_PCI, VfConfig, VfFacts};
+use crate::kernel::{KernelError, MacAddr, PfFacts, VFIO_PCI, VfConfig, VfFacts, Watcher};
 
 use super::refused;
 
@@ -46,8 +46,17 @@ pub(super) struct Vf {
 #[derive(Debug)]
 pub(super) struct Pf {
     pub facts: PfFacts,
-    pub up: bool,
     pub vfs: Vec<Vf>,
+}
+
+/// Those who want to be told; they have nothing to show.
+#[derive(Default)]
+pub(super) struct Watchers(pub Vec<Watcher>);
+
+impl std::fmt::Debug for Watchers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} watchers", self.0.len())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +67,8 @@ pub(super) struct State {
     pub openings: u64,
     pub boots: u64,
     pub failures: Vec<(&'static str, i32)>,
+    /// Who wants to be told of changes.
+    pub watchers: Watchers,
     pub at_most: BTreeMap<PciAddress, u16>,
     pub shared: BTreeSet<PciAddress>,
     pub writes: Vec<Write>,
@@ -72,7 +83,6 @@ impl State {
                 num_vfs: 0,
                 ..facts
             },
-            up: false,
             vfs: Vec::new(),
         };
         self.pfs.insert(address, pf);
@@ -189,7 +199,7 @@ impl State {
         self.held.clear();
         for pf in self.pfs.values_mut() {
             pf.vfs.clear();
-            pf.up = false;
+            pf.facts.up = false;
             pf.facts.num_vfs = 0;
         }
     }

@@ -9,6 +9,7 @@ use std::fmt;
 
 use super::{KernelError, MacAddr, VfConfig, VlanTag};
 
+pub use parse::changed_links;
 pub use socket::RtNetlink;
 
 /// A network interface, as far as we care.

@@ -5,8 +5,8 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::{
-    DecodeError, NetlinkDeserializable, NetlinkHeader, NlaBuffer, NlasIterator,
-    ParseableParametrized as _,
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, NlaBuffer,
+    NlasIterator, ParseableParametrized as _,
 };
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{LinkAttribute, VfInfo};
@@ -32,6 +32,7 @@ const RTA_MULTIPATH: u16 = 9;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RTN_UNICAST: u8 = 1;
 const IFF_UP: u32 = 1;
+const RTM_NEWLINK: u16 = 16;
 
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
@@ -47,6 +48,30 @@ impl NetlinkDeserializable for Body {
     fn deserialize(_header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
         Ok(Self(payload.to_vec()))
     }
+}
+
+/// Names of the interfaces that a notification (RTM_NEWLINK) tells of.
+pub fn changed_links(datagram: &[u8]) -> Result<Vec<String>, DecodeError> {
+    let mut names = Vec::new();
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<Body>::deserialize(rest)?;
+        if message.header.message_type == RTM_NEWLINK
+            && let NetlinkPayload::InnerMessage(Body(body)) = &message.payload
+        {
+            names.push(link(body)?.name);
+        }
+        rest = rest
+            .get(advance(message.header.length)..)
+            .unwrap_or_default();
+    }
+    Ok(names)
+}
+
+/// From one message of a datagram to the next: they are aligned to 4 bytes.
+pub(super) fn advance(length: u32) -> usize {
+    let length = usize::try_from(length).unwrap_or(usize::MAX - 3);
+    length.max(1).next_multiple_of(4)
 }
 
 type Attribute<'a> = NlaBuffer<&'a [u8]>;

@@ -68,7 +68,7 @@ fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelEr
             let answer = NetlinkMessage::<Body>::deserialize(rest)
                 .map_err(|error| bad(error.to_string()))?;
             interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
-            let length = usize::try_from(answer.header.length).unwrap_or(usize::MAX);
+            let next = parse::advance(answer.header.length);
             match answer.payload {
                 NetlinkPayload::InnerMessage(Body(body)) => answers.push(body),
                 NetlinkPayload::Error(error) => {
@@ -87,8 +87,6 @@ fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelEr
                 }
                 _ => {}
             }
-            // Messages in a datagram are aligned to 4 bytes.
-            let next = length.max(1).next_multiple_of(4);
             rest = rest.get(next..).unwrap_or_default();
         }
     }
