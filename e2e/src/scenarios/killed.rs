@@ -10,6 +10,7 @@ use super::support::site::TraceKind;
 use super::support::stops::{self, Look};
 use super::support::{Attached, Claim, Lab, Wish, l2, writes};
 use super::{Scenario, release, scenario};
+use crate::progress;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -62,6 +63,10 @@ async fn cycles(lab: &Lab<'_>, cycles: &[Cycle]) -> Result<()> {
                 Some(down) => format!("killed at {down}"),
                 None => format!("released after it was killed at {up}"),
             })?;
+        progress::line(&format!(
+            "        killed at {up}{}: finished once, released clean",
+            down.map_or(String::new(), |down| format!(" and at {down}"))
+        ));
     }
     Ok(())
 }
@@ -137,7 +142,8 @@ async fn killed_releasing(
     let counts = writes::num_vfs(&before, &now, &lab.wired.address)?;
     ensure!(counts.is_empty(), "sriov_numvfs was written: {counts:?}");
     let events = writes::between(&before, &now)?;
-    let left = |what: &TraceKind| matches!(what, TraceKind::Released { driver: Some(d), .. } if d == "vfio-pci");
+    let left =
+        |what: &TraceKind| matches!(what, TraceKind::Unbind { driver, .. } if driver == "vfio-pci");
     let released: Vec<_> = events.iter().filter(|e| left(&e.what)).collect();
     ensure!(
         released.len() == 1,

@@ -4,6 +4,8 @@
 //! error that says what was seen.
 
 mod clusters;
+mod gates;
+mod holds;
 mod killed;
 mod real;
 mod refusals;
@@ -64,6 +66,8 @@ pub fn all() -> Vec<Scenario> {
         traffic::scenarios,
         release::scenarios,
         refusals::scenarios,
+        gates::scenarios,
+        holds::scenarios,
         restarts::scenarios,
         killed::scenarios,
     ] {

@@ -257,27 +257,15 @@ impl Lab<'_> {
     /// Waits for an event with `reason` about the guest's claim and returns its words.
     pub async fn event(&self, claim: &Claim, reason: &str) -> Result<String> {
         let api: Api<Event> = Api::namespaced(self.guest.clone(), TENANT_NAMESPACE);
-        let every = Duration::from_millis(300);
-        let what = format!("an event {reason} about claim {}", claim.name);
-        crate::wait::until(&what, REFUSE, every, || async {
-            let events = api.list(&ListParams::default()).await?.items;
-            let mine: Vec<&Event> = events
-                .iter()
-                .filter(|e| {
-                    let about = e.regarding.as_ref().and_then(|r| r.uid.as_deref());
-                    about == Some(claim.uid.as_str())
-                })
-                .collect();
-            let found = mine.iter().find(|e| e.reason.as_deref() == Some(reason));
-            Ok(match found {
-                Some(e) => Probe::Ready(e.note.clone().unwrap_or_default()),
-                None => Probe::NotYet(format!(
-                    "{:?}",
-                    mine.iter().map(|e| &e.reason).collect::<Vec<_>>()
-                )),
-            })
-        })
-        .await
+        event(&api, &claim.name, &claim.uid, reason).await
+    }
+
+    /// Waits for an event with `reason` about the copy and returns its words.
+    pub async fn host_event(&self, claim: &Claim, reason: &str) -> Result<String> {
+        let api: Api<Event> = Api::namespaced(self.host.clone(), CLAIM_NAMESPACE);
+        let copy = self.host_copy(claim).await?.context("there is no copy")?;
+        let uid = copy.metadata.uid.context("a copy without a UID")?;
+        event(&api, &claim.host_name(), &uid, reason).await
     }
 
     /// Deletes the claim; returns when both it and its copy are gone.
@@ -320,6 +308,26 @@ impl Lab<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits for an event with `reason` about the claim and returns its words.
+async fn event(api: &Api<Event>, name: &str, uid: &str, reason: &str) -> Result<String> {
+    let every = Duration::from_millis(300);
+    let what = format!("an event {reason} about claim {name}");
+    crate::wait::until(&what, REFUSE, every, || async {
+        let events = api.list(&ListParams::default()).await?.items;
+        let about = |e: &&Event| e.regarding.as_ref().and_then(|r| r.uid.as_deref()) == Some(uid);
+        let mine: Vec<&Event> = events.iter().filter(about).collect();
+        let found = mine.iter().find(|e| e.reason.as_deref() == Some(reason));
+        Ok(match found {
+            Some(e) => Probe::Ready(e.note.clone().unwrap_or_default()),
+            None => Probe::NotYet(format!(
+                "{:?}",
+                mine.iter().map(|e| &e.reason).collect::<Vec<_>>()
+            )),
+        })
+    })
+    .await
 }
 
 fn attached(guest: &VFClaim, host: VFClaim) -> Result<Attached> {

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::far::{Shell, sh};
 use super::site::{self, Switch, TraceEvent};
-use super::{claims, kinds, l1, ports};
+use super::{claims, kinds, l1, ports, stops};
 use crate::context::DataCentre;
 use crate::machine::{self, L1, L2, Machine};
 
@@ -140,8 +140,11 @@ impl<'a> Lab<'a> {
         // Pings and counters first: a busy device is slow to leave the guest.
         let units = "systemctl stop 'e2e-*'; rm -f /run/e2e-*
 for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; true";
-        let holders = "systemctl stop 'e2e-*'; rm -f /run/e2e-*; true";
-        tokio::try_join!(sh(&self.l2, units), sh(&self.l1, holders))?;
+        let holders = format!(
+            "systemctl stop 'e2e-*'; rm -f /run/e2e-*; {}",
+            stops::DISARM
+        );
+        tokio::try_join!(sh(&self.l2, units), sh(&self.l1, &holders))?;
         claims::remove_all(self).await?;
         kinds::remove_all(self).await?;
         let (mut all, kernel) =
