@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::api::{DELETE_ORPHANS_ANNOTATION, VFClaim, reason};
 use common::kube::events::Events;
 use common::kube::says_not_found;
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::Api;
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -160,24 +160,10 @@ impl Sweeper<'_> {
         let host = HostClaims::new(&self.ctx.host, &guest.claim_namespace);
         let listed = host.list().await.map_err(Error::Host)?;
         let versions = listed.iter().map(version).collect();
-        let copies = listed.iter().filter_map(|found| match &found.0 {
-            Ok(copy) => ours(copy, guest),
-            // Of a newer version, so not ours to judge.
-            Err(_) => None,
-        });
-        let sights: BTreeMap<String, Sight> = futures::stream::iter(copies)
-            .map(|copy| async move {
-                let known = earlier.is_some_and(|look| look.saw_alive(&copy.uid));
-                let answer = if known || copy.going {
-                    Answer::Unknown
-                } else {
-                    self.ask(&copy).await?
-                };
-                Ok((copy.uid.clone(), Sight { copy, answer }))
-            })
-            .buffer_unordered(QUESTIONS)
-            .try_collect()
-            .await?;
+        // One of a newer version is not ours to judge.
+        let readable = listed.iter().filter_map(|found| found.0.as_ref().ok());
+        let copies: Vec<HostCopy> = readable.filter_map(|c| ours(c, guest)).collect();
+        let sights = self.ask_all(copies, earlier).await?;
         let (asked_last, word) = self.cluster().await?;
         let look = Look {
             begun,
@@ -186,6 +172,31 @@ impl Sweeper<'_> {
             sights,
         };
         Ok((look, versions, word))
+    }
+
+    async fn ask_all(
+        &self,
+        copies: Vec<HostCopy>,
+        earlier: Option<&Look>,
+    ) -> Result<BTreeMap<String, Sight>, Error> {
+        let questions = copies.into_iter().map(|copy| {
+            let known = earlier.is_some_and(|look| look.saw_alive(&copy.uid));
+            let needless = known || copy.going;
+            async move {
+                let answer = if needless {
+                    Answer::Unknown
+                } else {
+                    self.ask(&copy).await?
+                };
+                Ok((copy.uid.clone(), Sight { copy, answer }))
+            }
+            // Boxed, or the compiler does not see that it may move between threads.
+            .boxed()
+        });
+        futures::stream::iter(questions)
+            .buffer_unordered(QUESTIONS)
+            .try_collect()
+            .await
     }
 
     /// What this cluster itself says of a copy's claim: an answer of its API
