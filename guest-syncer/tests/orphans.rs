@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 use common::api::{
     DELETE_ORPHANS_ANNOTATION, GUEST_USER_PREFIX, HOST_FINALIZER, VFClaim, host_claim_name,
 };
+use guest_syncer::host_link::HostLink;
+use guest_syncer::mirror::host_claims::HostClaims;
+use guest_syncer::mirror::orphans;
+use guest_syncer::mirror::up::GuestId;
 use guest_syncer::syncer::cluster_uid;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::ResourceExt as _;
@@ -21,7 +25,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::json;
 
 mod world;
-use world::{CLUSTER, UUID, World, eventually};
+use world::{CLAIMS, CLUSTER, UUID, World, eventually};
 
 /// Between two looks, where a test does something in between.
 const APART: Duration = Duration::from_secs(2);
@@ -299,4 +303,44 @@ async fn a_copy_that_is_missing_is_made_again() {
     let fourth = world.copy_of(&claim).await;
     assert_ne!(fourth.uid(), third.uid());
     world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_complete_and_what_changed_since_stays() {
+    let world = World::new().await;
+    for n in 0..5 {
+        orphan(&world, &format!("u-{n}")).await;
+    }
+    let link = HostLink::new(world.host.admin(), world.pace.timeout);
+    let host = HostClaims::new(&link, CLAIMS);
+    for page in [1, 2, 5, 500] {
+        assert_eq!(host.list_by(page).await.unwrap().len(), 5, "{page}");
+    }
+
+    let uid = cluster_uid(&world.guest.admin()).await.unwrap();
+    let guest = GuestId {
+        cluster: CLUSTER.into(),
+        cluster_uid: uid,
+        claim_namespace: CLAIMS.into(),
+    };
+    let api = world.host_claims();
+    let found = api.get("vfc-u-0").await.unwrap();
+    let seen = orphans::ours(&found, &guest).unwrap();
+    let edit = json!({"spec": {"vmIP": "10.0.0.8"}});
+    let params = PatchParams::default();
+    api.patch("vfc-u-0", &params, &Patch::Merge(edit))
+        .await
+        .unwrap();
+    assert_eq!(host.delete_orphan(&seen).await, Ok(false));
+    // Of a name that was given anew.
+    api.delete("vfc-u-0", &DeleteParams::default())
+        .await
+        .unwrap();
+    assert_eq!(host.delete_orphan(&seen).await, Ok(false));
+    let again = orphan(&world, "u-0").await;
+    assert_eq!(host.delete_orphan(&seen).await, Ok(false));
+    assert!(host_has(&world, &again).await);
+    let seen = orphans::ours(&again, &guest).unwrap();
+    assert_eq!(host.delete_orphan(&seen).await, Ok(true));
+    assert!(!host_has(&world, &again).await);
 }

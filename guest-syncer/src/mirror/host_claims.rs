@@ -59,10 +59,15 @@ impl<'a> HostClaims<'a> {
     /// All objects in our namespace as the host has them now: a complete list
     /// from a quorum, not from a cache, or an error.
     pub async fn list(&self) -> Result<Vec<DeserializeGuard<VFClaim>>, Trouble> {
+        self.list_by(PAGE).await
+    }
+
+    /// The same, `page` objects a request.
+    pub async fn list_by(&self, page: u32) -> Result<Vec<DeserializeGuard<VFClaim>>, Trouble> {
         let api: Api<DeserializeGuard<VFClaim>> =
             Api::namespaced(self.link.client(), self.namespace);
         // Without a resourceVersion the host answers with its newest state.
-        let mut params = ListParams::default().limit(PAGE);
+        let mut params = ListParams::default().limit(page);
         let mut found = Vec::new();
         loop {
             let page = match self.link.call(api.list(&params)).await {
