@@ -164,6 +164,17 @@ impl Sweeper<'_> {
         let readable = listed.iter().filter_map(|found| found.0.as_ref().ok());
         let copies: Vec<HostCopy> = readable.filter_map(|c| ours(c, guest)).collect();
         let sights = self.ask_all(copies, earlier).await?;
+        let unanswered = |s: &&Sight| {
+            let known = earlier.is_some_and(|look| look.saw_alive(&s.copy.uid));
+            s.answer == Answer::Unknown && !s.copy.going && !known
+        };
+        let unanswered = sights.values().filter(unanswered).count();
+        if unanswered > 0 {
+            tracing::warn!(
+                unanswered,
+                "this cluster does not say whether it has the claims of some copies on the host"
+            );
+        }
         let (asked_last, word) = self.cluster().await?;
         let look = Look {
             begun,
@@ -209,7 +220,7 @@ impl Sweeper<'_> {
                 Ok(Answer::NotFound)
             }
             Err(error @ (kube::Error::Api(_) | kube::Error::BuildRequest(_))) => {
-                tracing::warn!(copy = copy.name, %error, "is its claim there?");
+                tracing::debug!(copy = copy.name, %error, "is its claim there?");
                 Ok(Answer::Unknown)
             }
             // Nobody answers, so there is no use in asking for the others.
@@ -235,7 +246,7 @@ impl Sweeper<'_> {
         match planned {
             Plan::Keep => {
                 self.all_well();
-                self.metrics.passed("clean");
+                self.metrics.passed("kept");
                 Ok(Wait::Interval)
             }
             Plan::Delete(orphans) => {

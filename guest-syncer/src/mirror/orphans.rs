@@ -87,8 +87,8 @@ pub enum Plan {
     /// So many, but an administrator has confirmed this very set.
     DeleteReleased(Mass),
     Brake(Mass),
-    /// Few orphans, and so many copies without a clear answer that there may be
-    /// a mass of them.
+    /// Few orphans or none, and so many copies without a clear answer that there
+    /// may be a mass of them.
     Unsure {
         orphans: usize,
         doubtful: usize,
@@ -185,9 +185,7 @@ pub fn plan(
         }
     }
     let limit = limit(copies.len());
-    if orphans.is_empty() {
-        Plan::Keep
-    } else if orphans.len() > limit {
+    if orphans.len() > limit {
         let mass = Mass {
             word: word(cluster_uid, &orphans),
             copies: copies.len(),
@@ -204,6 +202,8 @@ pub fn plan(
             orphans: orphans.len(),
             doubtful,
         }
+    } else if orphans.is_empty() {
+        Plan::Keep
     } else {
         Plan::Delete(orphans)
     }

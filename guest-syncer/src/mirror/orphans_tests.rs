@@ -192,6 +192,8 @@ fn a_mass_that_is_only_half_seen_is_waited_for() {
         doubtful: 2,
     };
     assert_eq!(planned(&twice(some)), unsure);
+    let nobody = vec![Answer::Unknown; 20];
+    assert!(matches!(planned(&twice(nobody)), Plan::Unsure { .. }));
     // A cluster that was restored between the looks.
     let mut looks = twice(answers(2, 20));
     looks.1 = look(looks.1.begun, answers(9, 20));
