@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
 use crate::host_link::HostLink;
+use crate::mirror::orphan_pass::{BETWEEN_LOOKS, Pace};
 use crate::syncer::{self, Options};
 
 /// Between two tries to read who this cluster is.
@@ -23,7 +24,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     telemetry::init_logs(&args.log)?;
     let (health, metrics) = (telemetry::Health::default(), telemetry::metrics());
     let started = health.check("guest", "this cluster's API server has not answered yet");
-    let _endpoint = telemetry::serve(&args.http, health, metrics).await?;
+    let _endpoint = telemetry::serve(&args.http, health, metrics.clone()).await?;
     let stop = stop_on_signal()?;
 
     let own = ClientOptions::from(&args.kube);
@@ -47,11 +48,18 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         timeout: args.kube.timeout,
         retry_start: args.retry.retry_interval_start,
         retry_max: args.retry.retry_interval_max,
+        orphans: Pace {
+            interval: args.orphan_interval,
+            between_looks: BETWEEN_LOOKS,
+            timeout: args.kube.timeout,
+        },
         identity: args.leader_election.leader_election_identity.clone(),
     };
     let client = guest.client();
     let namespace = client.default_namespace().to_owned();
-    let work = |term| async move { syncer::run(client, link, cluster_uid, &options, term).await };
+    let work = |term| async move {
+        syncer::run(client, link, cluster_uid, &options, &metrics, term).await
+    };
     match LeaderConfig::from_args(&args.leader_election, "guest-syncer", &namespace)? {
         Some(config) => {
             run_as_leader(guest.client(), config, stop, work)

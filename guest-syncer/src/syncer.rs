@@ -1,5 +1,5 @@
-//! The whole syncer over two clients: who this cluster is, then claims and
-//! classes until told to stop.
+//! The whole syncer over two clients: who this cluster is, then claims, classes
+//! and orphaned copies until told to stop.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use common::kube::Backoff;
 use common::kube::events::Events;
+use common::telemetry::Metrics;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::Api;
 use kube::runtime::reflector::store::Writer;
@@ -17,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 use crate::host_link::{Facts, HostLink};
 use crate::mirror::claims::Context;
 use crate::mirror::controller::{self, Caches};
-use crate::mirror::{MANAGER, class_mirror};
+use crate::mirror::metrics::OrphanMetrics;
+use crate::mirror::orphan_pass::Pace;
+use crate::mirror::{MANAGER, class_mirror, orphan_pass};
 
 /// How the syncer works.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ pub struct Options {
     pub timeout: Duration,
     pub retry_start: Duration,
     pub retry_max: Duration,
+    /// When the host is looked through for orphaned copies.
+    pub orphans: Pace,
     /// Our name in events, to tell replicas apart.
     pub identity: Option<String>,
 }
@@ -53,8 +58,10 @@ pub async fn run(
     host: Arc<HostLink>,
     cluster_uid: String,
     options: &Options,
+    metrics: &Metrics,
     stop: CancellationToken,
 ) -> Result<(), Moved> {
+    let orphans = OrphanMetrics::register(metrics);
     let caches = Caches {
         nodes: Writer::default(),
         copies: Writer::default(),
@@ -68,12 +75,20 @@ pub async fn run(
         nodes: caches.nodes.as_reader(),
         copies: caches.copies.as_reader(),
         copies_listed: AtomicBool::new(false),
+        relist: Arc::default(),
         backoff: Backoff::new(options.retry_start, options.retry_max),
     });
     let work = async {
         tokio::join!(
             controller::run(ctx.clone(), caches, options.workers, stop.clone()),
             class_mirror::run(ctx.clone(), stop.clone()),
+            orphan_pass::run(
+                ctx.clone(),
+                orphans,
+                options.orphans,
+                options.identity.clone(),
+                stop.clone()
+            ),
         )
     };
     tokio::select! {

@@ -42,6 +42,7 @@ pub mod reason {
     pub const IP_CONTRADICTS: &str = "IPContradicts";
     pub const LOST: &str = "Lost";
     pub const MAC_IN_USE: &str = "MACAddressInUse";
+    pub const MASS_ORPHAN: &str = "MassOrphan";
     pub const NODE_NOT_FOUND: &str = "NodeNotFound";
     pub const NODE_WITHOUT_UUID: &str = "NodeWithoutSystemUUID";
     pub const NO_FREE_PORT: &str = "NoFreePCIePort";

@@ -46,6 +46,9 @@ pub const DEFAULT_CLASS_ANNOTATION: &str = "sriov.harvesterhci.io/is-default-cla
 /// spec the copy carries, so that a condition of the host is mapped to the
 /// guest's generation only when it is about that spec.
 pub const GUEST_GENERATION_ANNOTATION: &str = "sriov.harvesterhci.io/guest-generation";
+/// Annotation on a guest's namespace kube-system: the word for a set of orphaned
+/// copies, with which an administrator has the guest-syncer delete them all.
+pub const DELETE_ORPHANS_ANNOTATION: &str = "sriov.harvesterhci.io/delete-orphans";
 /// Label on objects that the guest-syncer made in a guest cluster (mirrored classes).
 pub const MIRRORED_LABEL: &str = "sriov.harvesterhci.io/mirrored-by";
 /// A guest's client certificate has the CN `<prefix><name of its GuestCluster>`.

@@ -14,5 +14,5 @@ pub mod status;
 
 pub use backoff::Backoff;
 pub use client::{ClientOptions, KubeClient, install_crypto};
-pub use error::{ErrorClass, class_of, is_conflict, is_gone, is_invalid};
+pub use error::{ErrorClass, class_of, is_conflict, is_gone, is_invalid, says_not_found};
 pub use leader::{LeaderConfig, LeaderError, run_as_leader};

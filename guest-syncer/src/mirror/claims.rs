@@ -16,6 +16,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt as _};
+use tokio::sync::Notify;
 
 use super::down::HostView;
 use super::host_claims::{Created, HostClaims};
@@ -47,6 +48,8 @@ pub struct Context {
     pub copies: Store<Guarded>,
     /// Whether `copies` has been filled once: before, it proves nothing.
     pub copies_listed: AtomicBool,
+    /// Has `copies` filled anew.
+    pub relist: Arc<Notify>,
     pub events: Events,
     /// By UID of the guest's claim.
     pub backoff: Backoff<String>,

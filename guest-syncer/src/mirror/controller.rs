@@ -134,24 +134,30 @@ fn slim(node: &mut Node) {
 }
 
 /// The host's copies: each wakes the claim it was made for. A new list wakes
-/// all, because what went while the watch was down is in no event.
+/// all, because what went while the watch was down is in no event; `relist` asks
+/// for one where a watch turns out to be deaf.
 fn host_copies(
     ctx: Arc<Context>,
     writer: Writer<Guarded>,
     wake: UnboundedSender<()>,
 ) -> impl Stream<Item = Ref> {
-    let host = ctx.host.clone();
+    let (host, relist) = (ctx.host.clone(), ctx.relist.clone());
     futures::stream::once(async move {
         let namespace = claim_namespace(host.facts()).await;
         let api: Api<Guarded> = match namespace {
             Some(namespace) => Api::namespaced(host.client(), &namespace),
             None => return futures::stream::pending().boxed(),
         };
-        watcher(api, watcher::Config::default().timeout(WATCH_SECONDS))
-            .default_backoff()
-            .modify(|copy| copy.meta_mut().managed_fields = None)
-            .reflect(writer)
-            .boxed()
+        let config = watcher::Config::default().timeout(WATCH_SECONDS);
+        futures::stream::repeat_with(move || {
+            watcher(api.clone(), config.clone())
+                .default_backoff()
+                .take_until(relist.clone().notified_owned())
+        })
+        .flatten()
+        .modify(|copy| copy.meta_mut().managed_fields = None)
+        .reflect(writer)
+        .boxed()
     })
     .flatten()
     .filter_map(move |seen| {
@@ -194,7 +200,7 @@ fn host_event(
 }
 
 /// Waits for the host's first word on our namespace; it is immutable there.
-async fn claim_namespace(mut facts: watch::Receiver<Facts>) -> Option<String> {
+pub(super) async fn claim_namespace(mut facts: watch::Receiver<Facts>) -> Option<String> {
     let known = facts
         .wait_for(|f| matches!(f, Facts::Known(_)))
         .await

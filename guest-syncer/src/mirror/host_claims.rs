@@ -2,13 +2,19 @@
 //! only `VFClaim`s of our own claim namespace.
 
 use common::api::{GUEST_GENERATION_ANNOTATION, VFClaim};
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use common::kube::{is_gone, says_not_found};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::DeserializeGuard;
 use kube::core::params::ValidationDirective;
 use kube::{Error, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
 
+use super::orphans::HostCopy;
 use super::up::Edit;
 use crate::host_link::{HostLink, Trouble};
+
+/// Objects in one page of a list, as kubectl asks for them.
+const PAGE: u32 = 500;
 
 /// What became of a POST.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,18 +48,39 @@ impl<'a> HostClaims<'a> {
             .call(async {
                 match self.api.get(name).await {
                     Ok(found) => Ok(Ok(Some(found))),
-                    Err(Error::Api(status)) if status.code == 404 => {
-                        let about = status.details.as_ref().map(|d| d.name.as_str());
-                        Ok(if status.reason == "NotFound" && about == Some(name) {
-                            Ok(None)
-                        } else {
-                            Err(Trouble::Failing(no_such_api()))
-                        })
-                    }
+                    Err(error) if says_not_found::<VFClaim>(&error, name) => Ok(Ok(None)),
+                    Err(error) if is_gone(&error) => Ok(Err(Trouble::Failing(no_such_api()))),
                     Err(error) => Err(error),
                 }
             })
             .await?
+    }
+
+    /// All objects in our namespace as the host has them now: a complete list
+    /// from a quorum, not from a cache, or an error.
+    pub async fn list(&self) -> Result<Vec<DeserializeGuard<VFClaim>>, Trouble> {
+        self.list_by(PAGE).await
+    }
+
+    /// The same, `page` objects a request.
+    pub async fn list_by(&self, page: u32) -> Result<Vec<DeserializeGuard<VFClaim>>, Trouble> {
+        let api: Api<DeserializeGuard<VFClaim>> =
+            Api::namespaced(self.link.client(), self.namespace);
+        // Without a resourceVersion the host answers with its newest state.
+        let mut params = ListParams::default().limit(page);
+        let mut found = Vec::new();
+        loop {
+            let page = match self.link.call(api.list(&params)).await {
+                // A 404 is no empty list.
+                Err(Trouble::Changed) => return Err(Trouble::Failing(no_such_api())),
+                answered => answered?,
+            };
+            found.extend(page.items);
+            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                return Ok(found);
+            }
+        }
     }
 
     /// POST, never apply: apply would adopt what somebody else made. Strict, so
@@ -96,17 +123,36 @@ impl<'a> HostClaims<'a> {
 
     /// Deletes the copy if it is still the object that was `seen`.
     pub async fn delete(&self, seen: &VFClaim) -> Result<(), Trouble> {
+        // Gone, or another object of that name: the caller looks.
+        self.delete_if(&seen.name_any(), seen.uid(), None)
+            .await
+            .map(drop)
+    }
+
+    /// Deletes an orphaned copy if it is still as it was seen; false when it is
+    /// not, or gone.
+    pub async fn delete_orphan(&self, seen: &HostCopy) -> Result<bool, Trouble> {
+        let version = seen.resource_version.clone();
+        self.delete_if(&seen.name, Some(seen.uid.clone()), Some(version))
+            .await
+    }
+
+    async fn delete_if(
+        &self,
+        name: &str,
+        uid: Option<String>,
+        resource_version: Option<String>,
+    ) -> Result<bool, Trouble> {
         let params = DeleteParams {
             preconditions: Some(Preconditions {
-                uid: seen.uid(),
-                resource_version: None,
+                uid,
+                resource_version,
             }),
             ..DeleteParams::default()
         };
-        let name = seen.name_any();
-        match self.link.call(self.api.delete(&name, &params)).await {
-            // Gone, or another object of that name: the caller looks.
-            Ok(_) | Err(Trouble::Changed) => Ok(()),
+        match self.link.call(self.api.delete(name, &params)).await {
+            Ok(_) => Ok(true),
+            Err(Trouble::Changed) => Ok(false),
             Err(trouble) => Err(trouble),
         }
     }

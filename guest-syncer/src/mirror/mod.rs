@@ -1,8 +1,9 @@
 //! The mirror between a guest cluster and its host: claims up, their status and
 //! the classes down.
 //!
-//! `up`, `down` and `classes` decide and touch nothing; `claims`, `host_claims`,
-//! `report` and `class_mirror` do what was decided; `controller` says when.
+//! `up`, `down`, `classes` and `orphans` decide and touch nothing; `claims`,
+//! `host_claims`, `report`, `class_mirror` and `orphan_pass` do what was decided;
+//! `controller` says when.
 
 pub mod claims;
 pub mod class_mirror;
@@ -10,6 +11,9 @@ pub mod classes;
 pub mod controller;
 pub mod down;
 pub mod host_claims;
+pub mod metrics;
+pub mod orphan_pass;
+pub mod orphans;
 pub mod report;
 pub mod up;
 

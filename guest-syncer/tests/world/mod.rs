@@ -12,7 +12,9 @@ use common::api::{
     GUEST_USER_PREFIX, GuestCluster, VFClaim, VFClaimStatus, condition, host_claim_name,
 };
 use common::kube::{ClientOptions, KubeClient};
+use common::telemetry::{self, Metrics};
 use guest_syncer::host_link::HostLink;
+use guest_syncer::mirror::orphan_pass::Pace;
 use guest_syncer::syncer::{self, Options};
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
@@ -42,7 +44,14 @@ static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 pub struct World {
     pub guest: TestApiServer,
     pub host: TestApiServer,
+    /// To the host.
     pub wire: Wire,
+    /// To the guest.
+    pub guest_wire: Wire,
+    /// When the syncer looks for orphans: once, unless a test says otherwise.
+    pub pace: Pace,
+    /// Of the syncer that was started last.
+    pub metrics: Metrics,
     pub dir: tempfile::TempDir,
     syncer: Option<(CancellationToken, JoinHandle<()>)>,
     _one: tokio::sync::MutexGuard<'static, ()>,
@@ -64,10 +73,18 @@ impl World {
         a.unwrap();
         b.unwrap();
         let wire = Wire::to(host.url()).await;
+        let guest_wire = Wire::to(guest.url()).await;
         let world = Self {
             guest,
             host,
             wire,
+            guest_wire,
+            pace: Pace {
+                interval: Duration::from_secs(600),
+                between_looks: Duration::from_secs(60),
+                timeout: Duration::from_secs(3),
+            },
+            metrics: telemetry::metrics(),
             dir: tempfile::tempdir().unwrap(),
             syncer: None,
             _one: one,
@@ -118,9 +135,13 @@ impl World {
 
     /// A file with the host kubeconfig of `user`, through the wire.
     pub fn host_kubeconfig(&self, user: &str) -> PathBuf {
-        let text = self.host.kubeconfig_for(user, &[]).unwrap();
-        let text = text.replace(self.host.url(), &self.wire.url());
-        let path = self.dir.path().join("host.kubeconfig");
+        self.kubeconfig("host", user, &self.host, &self.wire)
+    }
+
+    fn kubeconfig(&self, name: &str, user: &str, server: &TestApiServer, wire: &Wire) -> PathBuf {
+        let text = server.kubeconfig_for(user, &[]).unwrap();
+        let text = text.replace(server.url(), &wire.url());
+        let path = self.dir.path().join(format!("{name}.kubeconfig"));
         std::fs::write(&path, text).unwrap();
         path
     }
@@ -132,32 +153,64 @@ impl World {
     }
 
     pub async fn start_as(&mut self, host_user: &str) {
-        let path = self.host_kubeconfig(host_user);
-        let options = ClientOptions {
+        let uid = syncer::cluster_uid(&self.guest.admin()).await.unwrap();
+        self.start_with(host_user, uid).await;
+    }
+
+    /// Starts a syncer that began when this cluster's UID was `cluster_uid`.
+    pub async fn start_with(&mut self, host_user: &str, cluster_uid: String) {
+        let to = |path| ClientOptions {
             kubeconfig: Some(path),
             qps: 0.0,
             burst: 1,
             look: Duration::from_millis(100),
         };
-        let host = KubeClient::new(&options).await.unwrap();
-        let guest = self.guest.client_for("guest-syncer", &[]).await.unwrap();
+        let path = self.host_kubeconfig(host_user);
+        let host = KubeClient::new(&to(path)).await.unwrap();
+        let path = self.kubeconfig("guest", "guest-syncer", &self.guest, &self.guest_wire);
+        let guest = KubeClient::new(&to(path)).await.unwrap();
         let options = Options {
             guest_cluster: CLUSTER.to_owned(),
             workers: 8,
             timeout: Duration::from_secs(3),
             retry_start: Duration::from_millis(200),
             retry_max: Duration::from_secs(2),
+            orphans: self.pace,
             identity: None,
         };
         let stop = CancellationToken::new();
         let told = stop.clone();
+        self.metrics = telemetry::metrics();
+        let metrics = self.metrics.clone();
         let task = tokio::spawn(async move {
-            let uid = syncer::cluster_uid(&guest).await.unwrap();
             let link = Arc::new(HostLink::new(host.client(), options.timeout));
-            syncer::run(guest, link, uid, &options, told).await.unwrap();
-            drop(host);
+            let client = guest.client();
+            syncer::run(client, link, cluster_uid, &options, &metrics, told)
+                .await
+                .unwrap();
+            drop((guest, host));
         });
         self.syncer = Some((stop, task));
+    }
+
+    /// What the syncer counts under a metric's name and labels.
+    pub fn counted(&self, metric: &str) -> u64 {
+        let mut text = String::new();
+        let registry = self.metrics.lock().unwrap();
+        telemetry::prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let metric = format!("vf_provisioner_syncer_{metric} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&metric));
+        value.map_or(0, |v| v.parse().unwrap())
+    }
+
+    /// Waits until so many passes for orphans have ended so.
+    pub async fn passes(&self, outcome: &str, times: u64) {
+        let metric = format!("orphan_passes_total{{outcome=\"{outcome}\"}}");
+        let before = self.counted(&metric);
+        eventually(&format!("{times} passes: {outcome}"), || async {
+            (self.counted(&metric) >= before + times).then_some(())
+        })
+        .await;
     }
 
     pub async fn stop(&mut self) {
@@ -278,14 +331,22 @@ impl World {
 
     /// Event reasons on an object of the guest.
     pub async fn events_on(&self, name: &str) -> Vec<String> {
+        let all = self.notes_on(name).await;
+        all.into_iter().map(|(reason, _)| reason).collect()
+    }
+
+    /// Reasons and notes of the events on an object of the guest.
+    pub async fn notes_on(&self, name: &str) -> Vec<(String, String)> {
         let kind = GroupVersionKind::gvk("events.k8s.io", "v1", "Event");
         let api: Api<DynamicObject> =
             Api::all_with(self.guest.admin(), &ApiResource::from_gvk(&kind));
         let events = api.list(&Default::default()).await.unwrap();
+        let text =
+            |e: &DynamicObject, field: &str| e.data[field].as_str().unwrap_or_default().to_owned();
         events
             .iter()
             .filter(|e| e.data["regarding"]["name"] == name)
-            .map(|e| e.data["reason"].as_str().unwrap_or_default().to_owned())
+            .map(|e| (text(e, "reason"), text(e, "note")))
             .collect()
     }
 }

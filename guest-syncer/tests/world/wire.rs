@@ -1,9 +1,10 @@
-//! The wire between the guest and its host, which a test can cut.
+//! The wire between the syncer and an API server, which a test can cut.
 
 use std::sync::{Arc, Mutex};
 
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// A TCP relay; while it is cut, nothing listens and nothing flows.
@@ -11,6 +12,7 @@ pub struct Wire {
     target: String,
     port: u16,
     open: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    frozen: watch::Sender<()>,
 }
 
 impl Wire {
@@ -22,6 +24,7 @@ impl Wire {
             target,
             port,
             open: Mutex::new(None),
+            frozen: watch::Sender::new(()),
         };
         wire.serve(listener);
         wire
@@ -29,14 +32,19 @@ impl Wire {
 
     fn serve(&self, listener: TcpListener) {
         let target = Arc::new(self.target.clone());
+        let frozen = self.frozen.clone();
         let task = tokio::spawn(async move {
             // Dropped with this task, and each connection with it.
             let mut connections = JoinSet::new();
             while let Ok((mut near, _)) = listener.accept().await {
-                let target = target.clone();
+                let (target, mut frozen) = (target.clone(), frozen.subscribe());
                 connections.spawn(async move {
                     let mut far = TcpStream::connect(target.as_str()).await?;
-                    copy_bidirectional(&mut near, &mut far).await
+                    tokio::select! {
+                        done = copy_bidirectional(&mut near, &mut far) => done,
+                        // Both ends stay open until the wire is cut.
+                        _ = frozen.changed() => std::future::pending().await,
+                    }
                 });
             }
         });
@@ -45,6 +53,11 @@ impl Wire {
 
     pub fn url(&self) -> String {
         format!("https://127.0.0.1:{}", self.port)
+    }
+
+    /// Silences all connections without closing them; new ones are served.
+    pub fn freeze(&self) {
+        self.frozen.send_replace(());
     }
 
     /// Cuts all connections and refuses new ones.
