@@ -265,6 +265,27 @@ async fn what_qemu_refuses_is_told_in_its_words() {
     );
 }
 
+/// A QEMU that does not answer in time may carry the command out all the same: it is asked
+/// when it answers again, and what comes late is nobody else's answer.
+#[tokio::test]
+async fn what_a_stopped_qemu_does_with_a_command_is_unknown_until_it_is_asked() {
+    let qemu = Qemu::start(&q35(&NATIVE_HOTPLUG)).await;
+    let session = qemu.session().await;
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(qemu.child.id()).unwrap());
+    let tell = |signal| nix::sys::signal::kill(pid, signal).unwrap();
+    tell(nix::sys::signal::Signal::SIGSTOP);
+    let host = "0000:ff:1f.7".parse().unwrap();
+    let unanswered = session
+        .device_add("vfc-s", host, "pci.10", Duration::from_secs(1))
+        .await
+        .unwrap_err();
+    assert!(unanswered.outcome_unknown(), "{unanswered}");
+    tell(nix::sys::signal::Signal::SIGCONT);
+    let view = session.guest_view("vfc-s").await.unwrap();
+    assert_eq!(view, GuestView::Absent);
+    assert_eq!(session.machine().await.unwrap().uuid, UUID);
+}
+
 #[tokio::test]
 async fn machines_that_cannot_have_a_vf_are_told_apart() {
     let qemu = Qemu::start(&["-M", "pc", "-m", "64"]).await;

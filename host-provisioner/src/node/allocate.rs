@@ -214,6 +214,7 @@ fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {
         wanted: Some(wish.config),
         vm_uid: wish.vm_uid.clone(),
         pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
+        going: false,
         port: None,
         unanswered: claim.metadata.resource_version.clone(),
     }

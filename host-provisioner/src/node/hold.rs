@@ -75,7 +75,8 @@ pub struct Serving {
     pub vfs: BTreeMap<u16, (Option<String>, VfConfig)>,
 }
 
-/// The attached claims whose VF is not as it was granted; all of them when the PF is gone.
+/// The claims that are to keep their VF and are not served as granted; all of them when the
+/// PF is gone.
 #[must_use]
 pub fn disturbed(entries: &[Entry], serving: Option<&Serving>) -> Vec<ClaimRef> {
     let served = |entry: &Entry| {
@@ -86,9 +87,9 @@ pub fn disturbed(entries: &[Entry], serving: Option<&Serving>) -> Vec<ClaimRef> 
             driver.as_deref() == Some(VFIO_PCI) && Drift::of(pf.up, want, *got).is_none()
         })
     };
-    let attached = entries.iter().filter(|entry| entry.attached());
-    attached
-        .filter(|entry| !served(entry))
+    // What is being given up is changed by us.
+    let kept = entries.iter().filter(|e| e.attached() && !e.going);
+    kept.filter(|entry| !served(entry))
         .map(|entry| entry.claim.clone())
         .collect()
 }

@@ -35,6 +35,8 @@ pub struct Entry {
     pub vm_uid: String,
     /// The launcher's pod.
     pub pod_uid: String,
+    /// The claim is being deleted: its VF is being given up.
+    pub going: bool,
     /// The recorded attachment's root port; `None`: no attachment is recorded.
     pub port: Option<String>,
     /// The claim's resourceVersion under which `status.device` was sent and not
@@ -99,6 +101,7 @@ impl Ledger {
                 .as_ref()
                 .map(|l| l.pod_uid.clone())
                 .unwrap_or_default(),
+            going: claim.metadata.deletion_timestamp.is_some(),
             port: status.attachment.as_ref().map(|a| a.port.clone()),
             unanswered: None,
         })
@@ -175,11 +178,11 @@ impl Ledger {
             .filter(move |e| e.vf.physical_function == physical_function)
     }
 
-    /// The claims with a recorded attachment in a launcher.
+    /// The claims with a recorded attachment in a launcher that are to keep it.
     #[must_use]
     pub fn attached_in(&self, pod_uid: &str) -> Vec<ClaimRef> {
         let all = self.entries.values();
-        all.filter(|e| e.attached() && e.pod_uid == pod_uid)
+        all.filter(|e| e.attached() && !e.going && e.pod_uid == pod_uid)
             .map(|e| e.claim.clone())
             .collect()
     }
@@ -237,6 +240,7 @@ mod tests {
             wanted: None,
             vm_uid: "vm".into(),
             pod_uid: "pod".into(),
+            going: false,
             port: None,
             unanswered: None,
         }

@@ -27,6 +27,7 @@ fn entry(uid: &str, index: u16, attached: bool) -> Entry {
         wanted: Some(GRANTED),
         vm_uid: "vm".into(),
         pod_uid: "pod".into(),
+        going: false,
         port: attached.then(|| "rp1".to_owned()),
         unanswered: None,
     }
@@ -62,6 +63,9 @@ fn only_attached_claims_that_are_not_served_as_granted_are_disturbed() {
     assert_eq!(names(&of(Some(&serving(false, &good)))), ["a", "b"]);
     let drifted = serving(true, &[(0, vfio, GRANTED), (1, vfio, bare)]);
     assert_eq!(names(&of(Some(&drifted))), ["b"]);
+    let mut leaving = entries.clone();
+    leaving[1].going = true;
+    assert!(disturbed(&leaving, Some(&drifted)).is_empty());
     let taken = serving(true, &[(0, None, GRANTED), (1, vfio, GRANTED)]);
     assert_eq!(names(&of(Some(&taken))), ["a"]);
     assert_eq!(names(&of(Some(&serving(true, &good[..1])))), ["b"]);
