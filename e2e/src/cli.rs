@@ -48,6 +48,9 @@ enum Verb {
         /// Without names: leave out the scenarios on the emulated machines
         #[arg(long)]
         no_machines: bool,
+        /// Without names: the scenarios too that take minutes
+        #[arg(long)]
+        long: bool,
         /// Leave a data centre that this run set up running
         #[arg(long)]
         keep: bool,
@@ -184,13 +187,19 @@ async fn run(verb: Verb) -> Result<()> {
         }
         Verb::Test { list: true, .. } => {
             for s in scenarios::all() {
-                println!("{:<28} {}", s.name, s.shows);
+                let long = if s.when == scenarios::When::Long {
+                    " (long)"
+                } else {
+                    ""
+                };
+                println!("{:<28} {}{long}", s.name, s.shows);
             }
             Ok(())
         }
         Verb::Test {
             names,
             no_machines,
+            long,
             keep,
             ..
         } => {
@@ -200,7 +209,13 @@ async fn run(verb: Verb) -> Result<()> {
             } else {
                 Needs::Machines
             };
-            test::run(paths, &names, most, keep).await
+            let wish = test::Wish {
+                names: &names,
+                most,
+                long,
+                keep,
+            };
+            test::run(paths, wish).await
         }
         Verb::Deploy => {
             let _one = cache::lock(&paths, "deploy")?;

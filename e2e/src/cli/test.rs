@@ -4,14 +4,29 @@
 use anyhow::Result;
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::docker::Docker;
-use e2e::machine::Pulse;
+use e2e::machine::{self, Pulse};
 use e2e::paths::Paths;
 use e2e::runner::{self, Count, Ran};
 use e2e::scenarios::{self, Needs, Scenario};
 use e2e::{interrupt, logs, progress};
 
-pub(crate) async fn run(paths: Paths, names: &[String], most: Needs, keep: bool) -> Result<()> {
-    let wanted = scenarios::matching(names, most)?;
+/// What is to be run, and what is left after it.
+pub(crate) struct Wish<'a> {
+    pub names: &'a [String],
+    pub most: Needs,
+    /// The scenarios too that take minutes.
+    pub long: bool,
+    pub keep: bool,
+}
+
+pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
+    let Wish {
+        names,
+        most,
+        long,
+        keep,
+    } = wish;
+    let wanted = scenarios::matching(names, most, long)?;
     let ctx = Ctx::prepare(paths)?;
     let mut count = Count::default();
     if names.is_empty() {
@@ -64,16 +79,22 @@ async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
         };
         count = count.and(ran.count);
         let went_wrong = ran.count.failed > 0 || ran.lost.is_some();
-        if let Some(dc) = dc.filter(|_| went_wrong) {
-            progress::step("collecting logs", |_| logs::collect(&dc))?;
+        if let Some(dc) = dc.as_ref().filter(|_| went_wrong) {
+            progress::step("collecting logs", |_| logs::collect(dc))?;
         }
         let Some((at, seen)) = ran.lost else {
             return Ok(count);
         };
         rest = rest.get(at..).unwrap_or_default();
         if left > 0 {
-            println!("AGAIN   from here, with the data centre set up anew: {seen}");
-            context::down(ctx)?;
+            println!("AGAIN   from here, with what was lost set up anew: {seen}");
+            let vm_alone = match &dc {
+                Some(dc) => machine::give_up_vm(dc).await.is_ok(),
+                None => false,
+            };
+            if !vm_alone {
+                context::down(ctx)?;
+            }
         }
     }
     for s in rest {

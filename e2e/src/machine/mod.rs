@@ -27,7 +27,7 @@ pub use domain::Vm;
 pub use frame::Kind as FrameKind;
 pub use l1::{L1, NODE, SWITCH_ADDRESSES};
 pub use l2::L2;
-pub use pulse::Pulse;
+pub use pulse::{Pulse, give_up_vm};
 pub use switch::{Count, Seen, Stats, Switch, SwitchArgs, serve as switch};
 pub use trace::{TraceEvent, TraceKind};
 

@@ -46,6 +46,14 @@ impl Pulse {
     }
 }
 
+/// Takes a VM away that was lost alone, so that only it is set up anew; an error if L1 is
+/// not well either.
+pub async fn give_up_vm(dc: &DataCentre) -> Result<()> {
+    let machine = find(dc)?;
+    boot_id(&machine).await?;
+    machine.stop_vm(&Vm::first().name).await
+}
+
 async fn boot_id(machine: &Machine) -> Result<String> {
     let said = machine.l1().run_with(BOOT_ID, &[], ANSWER).await?;
     Ok(said.ok(BOOT_ID)?.text())

@@ -21,6 +21,7 @@ const EVERY: Duration = Duration::from_millis(300);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![Scenario {
+        when: super::When::Always,
         needs: Needs::Clusters,
         name: "clusters-run-pods",
         shows: "both clusters run a pod, and the guest's node reaches the host's API server",

@@ -1,5 +1,5 @@
-//! A launcher whose cgroup is rewritten under the agent's hands, and a QEMU that does not
-//! answer: attached all the same, once, and nothing stays open.
+//! A launcher whose cgroup is rewritten under the agent's hands: attached all the same, once,
+//! and nothing stays open.
 
 use std::time::Duration;
 
@@ -7,30 +7,17 @@ use anyhow::{Result, ensure};
 use futures::FutureExt;
 
 use super::support::far::sh;
-use super::support::pods::Part;
 use super::support::site::PEER;
 use super::support::stops::{self, Look};
-use super::support::{Lab, Wish, l2};
+use super::support::{Lab, Wish};
 use super::{Scenario, scenario, traffic};
-use crate::wait::{self, Probe};
-
-/// Longest the agent may take from opened gates to device_add.
-const SENT: Duration = Duration::from_secs(20);
-const EVERY: Duration = Duration::from_millis(200);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    vec![
-        scenario!(
-            "gates-rewritten-by-systemd",
-            "daemon-reload and set-property on the launcher's scope between gate and device_add, and after it: attached all the same, no wider rule left",
-            rewritten_by_systemd
-        ),
-        scenario!(
-            "qemu-stopped-in-device-add",
-            "QEMU is stopped as device_add is sent to it, and the agent killed before the answer: the device is there once",
-            qemu_stopped
-        ),
-    ]
+    vec![scenario!(
+        "gates-rewritten-by-systemd",
+        "daemon-reload and set-property on the launcher's scope between gate and device_add, and after it: attached all the same, no wider rule left",
+        rewritten_by_systemd
+    )]
 }
 
 /// What systemd does to a scope when anybody reloads it or sets a property of it: its own
@@ -72,47 +59,4 @@ async fn rewritten_by_systemd(lab: &Lab<'_>) -> Result<()> {
     lab.release(&second).await?;
     lab.release(&claim).await?;
     look.expect(&claim, stops::RELEASED).await
-}
-
-async fn qemu_stopped(lab: &Lab<'_>) -> Result<()> {
-    let mac = "02:5f:00:00:71:01";
-    let look = Look::begin(lab, mac).await?;
-    stops::arm(lab, "nodes-made").await?;
-    let claim = lab.create(&Wish::new("frozen").mac(mac)).await?;
-    stops::stopped(lab, "nodes-made").await?;
-    let qemu = lab.qemu.pid;
-    sh(&lab.l1, &format!("kill -STOP {qemu}")).await?;
-    let killed = async {
-        stops::go_on(lab).await?;
-        unread_by_qemu(lab).await?;
-        Part::Agent.restart(lab).await
-    };
-    let killed = killed.await;
-    sh(&lab.l1, &format!("kill -CONT {qemu}")).await?;
-    killed?;
-    let attached = lab.ready(&claim).await?;
-    look.expect(&claim, stops::ATTACHED).await?;
-    let ours = lab.qemu.ours().await?;
-    ensure!(ours.len() == 1, "QEMU has {ours:?}");
-    l2::bound(&lab.l2, &attached.guest_address).await?;
-    lab.release(&claim).await?;
-    look.expect(&claim, stops::RELEASED).await
-}
-
-/// Waits until something was sent to the agent's monitor socket that QEMU has not read.
-async fn unread_by_qemu(lab: &Lab<'_>) -> Result<()> {
-    let script = format!(
-        "nsenter -t {} -n ss -xH state established | while read -r _ received _ name _; do
-[[ $name == */qmp.sock && $received -gt 0 ]] && echo $received; done; true",
-        lab.qemu.pid
-    );
-    wait::until("device_add to be sent", SENT, EVERY, || async {
-        let said = sh(&lab.l1, &script).await?;
-        Ok(if said.is_empty() {
-            Probe::NotYet("nothing is unread".into())
-        } else {
-            Probe::Ready(())
-        })
-    })
-    .await
 }

@@ -15,11 +15,18 @@ use crate::progress;
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!(
+            "killed-with-the-device-added",
+            "the node agent is killed with the device in QEMU and its gates open, and with the device gone and the gates open: its successor closes them and ends what was begun",
+            |lab| cycles(lab, &WORST)
+        ),
+        scenario!(
+            Long,
             "killed-preparing-a-vf",
             "the node agent is killed between any two steps from choosing a VF to recording its attachment, and between as many of its release",
             |lab| cycles(lab, &PREPARING)
         ),
         scenario!(
+            Long,
             "killed-plugging",
             "the node agent is killed between any two steps from opening the gates to the guest's having the device, and between the others of its release",
             |lab| cycles(lab, &PLUGGING)
@@ -29,6 +36,9 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 /// A point on the way up, and one on the way down; each claim comes and goes once.
 type Cycle = (&'static str, Option<&'static str>);
+
+/// Where most is open: for every run.
+const WORST: [Cycle; 1] = [("device-added", Some("unplugged"))];
 
 const PREPARING: [Cycle; 6] = [
     ("chosen", Some("unplug-requested")),

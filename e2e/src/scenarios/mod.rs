@@ -31,10 +31,19 @@ pub enum Needs {
     Machines,
 }
 
+/// When a scenario runs that nobody has named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    Always,
+    /// It takes minutes: with `--long` only.
+    Long,
+}
+
 /// One scenario.
 #[derive(Clone, Copy)]
 pub struct Scenario {
     pub needs: Needs,
+    pub when: When,
     /// Short, unique, with hyphens.
     pub name: &'static str,
     /// What it shows, in one sentence.
@@ -45,8 +54,12 @@ pub struct Scenario {
 /// An entry of the registry for a body that works in a tidied laboratory.
 macro_rules! scenario {
     ($name:literal, $shows:literal, $body:expr) => {
+        $crate::scenarios::scenario!(Always, $name, $shows, $body)
+    };
+    ($when:ident, $name:literal, $shows:literal, $body:expr) => {
         Scenario {
             needs: $crate::scenarios::Needs::Machines,
+            when: $crate::scenarios::When::$when,
             name: $name,
             shows: $shows,
             run: |dc| $crate::scenarios::support::run(dc, |lab| ($body)(lab).boxed()).boxed(),
@@ -77,8 +90,9 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// Those whose name is or, if none is, contains one of `words`; if there are no words, all
-/// that need no more than `most`. An error names the word that matches nothing.
-pub fn matching(words: &[String], most: Needs) -> anyhow::Result<Vec<Scenario>> {
+/// that need no more than `most`, the long ones only if asked for. An error names the word
+/// that matches nothing.
+pub fn matching(words: &[String], most: Needs, long: bool) -> anyhow::Result<Vec<Scenario>> {
     let all = all();
     for w in words {
         if !all.iter().any(|s| s.name.contains(w.as_str())) {
@@ -93,7 +107,7 @@ pub fn matching(words: &[String], most: Needs) -> anyhow::Result<Vec<Scenario>> 
         name == word || (name.contains(word) && !all.iter().any(|s| s.name == word))
     };
     let wanted = |s: &Scenario| match words {
-        [] => s.needs <= most,
+        [] => s.needs <= most && (long || s.when == When::Always),
         words => words.iter().any(|w| means(w, s.name)),
     };
     Ok(all.iter().filter(|s| wanted(s)).copied().collect())
@@ -109,14 +123,19 @@ mod tests {
         let all = all();
         let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
         assert_eq!(names.len(), all.len());
-        assert_eq!(matching(&[], Needs::Machines).unwrap().len(), all.len());
-        let one = matching(&["packets-flow".into()], Needs::Machines).unwrap();
+        let every = matching(&[], Needs::Machines, true).unwrap();
+        assert_eq!(every.len(), all.len());
+        let ordinary = matching(&[], Needs::Machines, false).unwrap();
+        assert!(ordinary.iter().all(|s| s.when == When::Always) && ordinary.len() < all.len());
+        let long = matching(&["killed-plugging".into()], Needs::Machines, false).unwrap();
+        assert_eq!(long.len(), 1);
+        let one = matching(&["packets-flow".into()], Needs::Machines, false).unwrap();
         assert_eq!(one.len(), 1);
-        let two = matching(&["packets-".into()], Needs::Machines).unwrap();
+        let two = matching(&["packets-".into()], Needs::Machines, false).unwrap();
         assert_eq!(two.len(), 2);
-        let few = matching(&[], Needs::Clusters).unwrap();
+        let few = matching(&[], Needs::Clusters, true).unwrap();
         assert!(!few.is_empty() && few.len() < all.len());
-        let Err(e) = matching(&["no-such-thing".into()], Needs::Machines) else {
+        let Err(e) = matching(&["no-such-thing".into()], Needs::Machines, true) else {
             panic!("matched")
         };
         assert!(e.to_string().contains(all[0].name));
