@@ -57,6 +57,17 @@ pub struct Doubled {
     pub other: String,
 }
 
+/// What the API server's answer about a claim is to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The claim is there and this node's.
+    Mine,
+    /// That UID is gone; whether a VF went back with it.
+    Gone { freed: bool },
+    /// It is another node's, or no node's yet.
+    Elsewhere,
+}
+
 /// The ledger: claims by UID.
 #[derive(Debug, Default)]
 pub struct Ledger {
@@ -114,6 +125,25 @@ impl Ledger {
             }
             Some(entry) => self.enter(entry),
         }
+    }
+
+    /// Takes in what the API server answered when it was asked for the claim of that UID:
+    /// `found` is what has the claim's name now. The one place where a VF is let go without
+    /// its claim having been seen to give it up.
+    pub fn answered(&mut self, found: Option<&VFClaim>, uid: &str, node: &str) -> Answer {
+        let Some(claim) = found.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
+            let freed = self.entries.remove(uid).is_some();
+            return Answer::Gone { freed };
+        };
+        let status = claim.status.as_ref();
+        if status.and_then(|s| s.host_node.as_deref()) == Some(node) {
+            return Answer::Mine;
+        }
+        // Another node's has no device of this one: a choice that was not written is given up.
+        if status.is_none_or(|s| s.device.is_none()) {
+            self.entries.remove(uid);
+        }
+        Answer::Elsewhere
     }
 
     /// Enters a choice before it is written.
@@ -252,6 +282,36 @@ mod tests {
         claim.metadata.resource_version = Some("8".into());
         ledger.observe(&claim).unwrap();
         assert!(ledger.of("a").is_none());
+    }
+
+    #[test]
+    fn what_the_api_server_answers_frees_a_vf_only_of_a_claim_that_is_gone_or_elsewhere() {
+        let mut claim = VFClaim::new("a", common::api::VFClaimSpec::default());
+        claim.metadata.uid = Some("a".into());
+        let node = |host: &str| {
+            let status = serde_json::json!({ "hostNode": host });
+            Some(serde_json::from_value(status).unwrap())
+        };
+        let mut ledger = Ledger::default();
+        ledger.enter(entry("a", 0)).unwrap();
+        claim.status = node("here");
+        assert_eq!(ledger.answered(Some(&claim), "a", "here"), Answer::Mine);
+        assert!(ledger.of("a").is_some());
+        assert_eq!(
+            ledger.answered(Some(&claim), "earlier", "here"),
+            Answer::Gone { freed: false }
+        );
+        claim.status = node("there");
+        assert_eq!(
+            ledger.answered(Some(&claim), "a", "here"),
+            Answer::Elsewhere
+        );
+        assert!(ledger.of("a").is_none());
+        ledger.enter(entry("a", 0)).unwrap();
+        assert_eq!(
+            ledger.answered(None, "a", "here"),
+            Answer::Gone { freed: true }
+        );
     }
 
     #[test]
