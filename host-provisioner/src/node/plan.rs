@@ -250,6 +250,36 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
     }
 }
 
+/// How a `device_add` ended, as far as it is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    Yes,
+    No,
+    /// Neither it nor the question what became of it was answered.
+    Unknown,
+}
+
+/// Which of a launcher's gates are to be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Close {
+    /// The group's node and rule: nobody opens it a second time.
+    Group,
+    /// Those, and what all VFs of the VM share: `/dev/vfio/vfio` and memlock.
+    All,
+}
+
+/// What is closed after `device_add`; `others` is how many VFIO devices QEMU had before.
+///
+/// A QEMU that may have the device must be able to lock its memory again at its guest's next
+/// reboot, so what is shared is closed only when it is sure that there is no device.
+#[must_use]
+pub const fn close_after_add(added: Added, others: u32) -> Close {
+    match added {
+        Added::No if others == 0 => Close::All,
+        Added::Yes | Added::No | Added::Unknown => Close::Group,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -364,5 +394,13 @@ mod tests {
             attachment: false,
         };
         assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
+    }
+
+    #[test]
+    fn what_vfs_share_stays_open_while_qemu_may_have_one() {
+        assert_eq!(close_after_add(Added::Yes, 0), Close::Group);
+        assert_eq!(close_after_add(Added::Unknown, 0), Close::Group);
+        assert_eq!(close_after_add(Added::No, 0), Close::All);
+        assert_eq!(close_after_add(Added::No, 1), Close::Group);
     }
 }
