@@ -196,12 +196,12 @@ impl Ledger {
             .filter(move |e| e.vf.physical_function == physical_function)
     }
 
-    /// Other claims with a recorded attachment in the same launcher.
+    /// Claims with a recorded attachment in that launcher.
     #[must_use]
-    pub fn others_attached_in(&self, pod_uid: &str, except_claim: &str) -> usize {
+    pub fn attached_in(&self, pod_uid: &str) -> usize {
         self.entries
             .values()
-            .filter(|e| e.attached() && e.pod_uid == pod_uid && e.claim.uid != except_claim)
+            .filter(|e| e.attached() && e.pod_uid == pod_uid)
             .count()
     }
 
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn others_in_the_same_launcher_are_counted_when_attached() {
+    fn claims_in_one_launcher_are_counted_when_attached() {
         let mut ledger = Ledger::default();
         ledger.enter(entry("a", 0)).unwrap();
         ledger
@@ -324,9 +324,8 @@ mod tests {
                 ..entry("b", 1)
             })
             .unwrap();
-        assert_eq!(ledger.others_attached_in("pod", "a"), 1);
-        assert_eq!(ledger.others_attached_in("pod", "b"), 0);
+        assert_eq!(ledger.attached_in("pod"), 1);
         assert_eq!(ledger.ports_in("pod", "a"), ["rp9"]);
-        assert_eq!(ledger.others_attached_in("elsewhere", "a"), 0);
+        assert_eq!(ledger.attached_in("elsewhere"), 0);
     }
 }

@@ -280,6 +280,18 @@ pub const fn close_after_add(added: Added, others: u32) -> Close {
     }
 }
 
+/// What is closed when a claim's device has left QEMU, which has `left` devices of ours now.
+///
+/// QEMU is asked, not the claims: of two that are released at once each would be told of the
+/// other. A claim that is still to be plugged in opens the gates itself.
+#[must_use]
+pub const fn close_after_release(left: usize) -> Close {
+    match left {
+        0 => Close::All,
+        _ => Close::Group,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -402,5 +414,7 @@ mod tests {
         assert_eq!(close_after_add(Added::Unknown, 0), Close::Group);
         assert_eq!(close_after_add(Added::No, 0), Close::All);
         assert_eq!(close_after_add(Added::No, 1), Close::Group);
+        assert_eq!(close_after_release(0), Close::All);
+        assert_eq!(close_after_release(1), Close::Group);
     }
 }

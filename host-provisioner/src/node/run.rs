@@ -209,13 +209,9 @@ async fn fill_ledger(agent: &Agent) -> Result<(), NodeError> {
 async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
     let shared = Arc::clone(agent);
     let recovered = tokio::task::spawn_blocking(move || {
-        shared.gates.recover(&|journal| {
-            shared
-                .ledger
-                .lock()
-                .others_attached_in(&journal.pod_uid, "")
-                > 0
-        })
+        shared
+            .gates
+            .recover(&|journal| shared.ledger.lock().attached_in(&journal.pod_uid) > 0)
     })
     .await
     .map_err(|e| NodeError::Thread(e.to_string()))??;
