@@ -48,7 +48,7 @@ impl Entry {
 /// Two claims that name one VF: neither may be acted on.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached must be deleted"
+    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached lets go of it"
 )]
 pub struct Doubled {
     pub physical_function: String,
@@ -144,6 +144,18 @@ impl Ledger {
             self.entries.remove(uid);
         }
         Answer::Elsewhere
+    }
+
+    /// Enters the claims of a consistent LIST. An attached one goes before any other on the
+    /// same VF, because its VF may be in a QEMU; those who come too late are told.
+    pub fn fill(&mut self, claims: &[VFClaim]) -> Vec<Doubled> {
+        let attached = |claim: &&VFClaim| Self::entry_of(claim).is_some_and(|e| e.attached());
+        let (first, rest): (Vec<_>, Vec<_>) = claims.iter().partition(attached);
+        first
+            .into_iter()
+            .chain(rest)
+            .filter_map(|claim| self.observe(claim).err())
+            .collect()
     }
 
     /// Enters a choice before it is written.
@@ -282,6 +294,28 @@ mod tests {
         claim.metadata.resource_version = Some("8".into());
         ledger.observe(&claim).unwrap();
         assert!(ledger.of("a").is_none());
+    }
+
+    #[test]
+    fn an_attached_claim_is_entered_before_another_on_its_vf() {
+        let claim = |uid: &str, attached: bool| {
+            let mut claim = VFClaim::new(uid, common::api::VFClaimSpec::default());
+            claim.metadata.uid = Some(uid.into());
+            let attachment = serde_json::json!({
+                "vmiUID": "v", "podUID": "pod", "qemuDeviceID": "d", "port": "rp9",
+                "transport": "QmpSocket", "bootID": "b", "qemuStartTime": 1,
+            });
+            let status = serde_json::json!({
+                "device": {"nodeName": "n", "physicalFunction": "n-1", "vfIndex": 0},
+                "attachment": attached.then_some(attachment),
+            });
+            claim.status = Some(serde_json::from_value(status).unwrap());
+            claim
+        };
+        let mut ledger = Ledger::default();
+        let late = ledger.fill(&[claim("a", false), claim("b", true)]);
+        assert_eq!(late.len(), 1);
+        assert!(ledger.of("a").is_none() && ledger.of("b").is_some());
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct ClaimFacts {
     pub bound: bool,
     pub device: bool,
     pub attachment: bool,
+    /// The ledger says that another claim has the VF that this one names.
+    pub doubled: bool,
 }
 
 /// The claim's VF as the host kernel has it.
@@ -129,11 +131,28 @@ fn wait(reason: &'static str, message: impl Into<String>) -> Step {
 /// The next step for a claim.
 #[must_use]
 pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
-    if claim.deleting {
+    if claim.doubled {
+        doubled(claim)
+    } else if claim.deleting {
         release(claim, seen)
     } else {
         attach(claim, seen)
     }
+}
+
+/// Two claims name one VF: a predecessor's request was carried out after this agent had read
+/// the claims. Nothing was done for the one that is not attached, and it lets go.
+fn doubled(claim: ClaimFacts) -> Step {
+    if !claim.device {
+        return Step::Rest;
+    }
+    if claim.attachment {
+        return wait(
+            reason::CONFLICT,
+            "another claim has the VF that this one names, and this one's attachment is recorded; delete the claim that does not work",
+        );
+    }
+    Step::ClearDevice
 }
 
 fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
@@ -302,6 +321,7 @@ mod tests {
             bound: true,
             device,
             attachment,
+            doubled: false,
         }
     }
 
@@ -404,8 +424,20 @@ mod tests {
             bound: false,
             device: false,
             attachment: false,
+            doubled: false,
         };
         assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
+    }
+
+    #[test]
+    fn of_two_claims_on_one_vf_the_one_without_an_attachment_lets_go_untouched() {
+        for deleting in [false, true] {
+            let mut facts = claim(deleting, true, false);
+            facts.doubled = true;
+            assert_eq!(next_step(facts, &Seen::default()), Step::ClearDevice);
+            facts.attachment = true;
+            assert!(matches!(next_step(facts, &Seen::default()), Step::Wait(_)));
+        }
     }
 
     #[test]
