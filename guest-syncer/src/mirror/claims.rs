@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use super::down::HostView;
 use super::host_claims::{Created, HostClaims};
 use super::report::report;
-use super::up::{GuestId, Up, owned, plan, target};
+use super::up::{self, GuestId, Release, Up, owned, plan, target};
 use crate::host_link::{Facts, HostLink, Trouble};
 
 /// A claim that may not parse: one of a newer version must not stop the others.
@@ -345,20 +345,27 @@ async fn lower(claim: &VFClaim, ctx: &Context, id: &GuestId) -> Option<Outcome> 
     let mut last = None;
     for _ in 0..LOOKS {
         let found = match host.get(&name).await {
-            Ok(found) => found?,
+            Ok(found) => found,
             Err(trouble) => {
                 let copy = last.map_or(Seen::Unknown, Seen::Copy);
                 return Some(Outcome::of_trouble(trouble, copy));
             }
         };
-        if let Err(foreign) = owned(claim, id, &found) {
-            tracing::warn!(claim = name, foreign, "released without touching it");
-            return None;
-        }
-        if found.metadata.deletion_timestamp.is_some() {
-            let mut outcome = done(found, id);
-            outcome.next = Next::Look(RELEASE_LOOK);
-            return Some(outcome);
+        let due = up::release(claim, id, found.as_ref());
+        // `LetGo` alone comes without a copy.
+        let found = found?;
+        match due {
+            Release::LetGo => return None,
+            Release::LeaveForeign(foreign) => {
+                tracing::warn!(claim = name, foreign, "released without touching it");
+                return None;
+            }
+            Release::AwaitGone => {
+                let mut outcome = done(found, id);
+                outcome.next = Next::Look(RELEASE_LOOK);
+                return Some(outcome);
+            }
+            Release::Delete => {}
         }
         if let Err(trouble) = host.delete(&found).await {
             return Some(Outcome::of_trouble(trouble, Seen::Copy(Box::new(found))));

@@ -50,6 +50,33 @@ pub enum Up {
     },
 }
 
+/// What is to be done on the host for a claim that is being deleted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// The host has no copy of ours: the claim may go.
+    LetGo,
+    /// The name is somebody else's, in words: the claim may go and that object stays.
+    LeaveForeign(String),
+    /// The copy is on its way out; its VF is not back yet.
+    AwaitGone,
+    /// Delete the copy, if it is still this object.
+    Delete,
+}
+
+/// Decides what to do on the host for `claim`, which is being deleted, given what the host
+/// itself has just answered about its copy: an absence from anywhere else proves nothing.
+#[must_use]
+pub fn release(claim: &VFClaim, guest: &GuestId, found: Option<&VFClaim>) -> Release {
+    let Some(copy) = found else {
+        return Release::LetGo;
+    };
+    match owned(claim, guest, copy) {
+        Err(foreign) => Release::LeaveForeign(foreign),
+        Ok(()) if copy.metadata.deletion_timestamp.is_some() => Release::AwaitGone,
+        Ok(()) => Release::Delete,
+    }
+}
+
 /// Decides what to do on the host for `claim`, of which the host has `copy`.
 ///
 /// A node that cannot be identified refuses a new copy. It does not disturb an

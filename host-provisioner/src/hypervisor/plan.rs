@@ -70,6 +70,15 @@ pub fn device_id(guest_claim_uid: &str) -> String {
     format!("{DEVICE_PREFIX}{guest_claim_uid}")
 }
 
+/// How many of our devices the VM has; KubeVirt's own host devices are none of them.
+#[must_use]
+pub fn our_devices(machine: &Machine) -> usize {
+    machine
+        .vfio_devices()
+        .filter(|id| id.starts_with(DEVICE_PREFIX))
+        .count()
+}
+
 /// Chooses the port for a new device, or says why the VM cannot have one.
 ///
 /// The highest free port is taken: libvirt fills from the lowest and does not
@@ -184,6 +193,22 @@ mod tests {
                 reserved: 3
             })
         );
+    }
+
+    #[test]
+    fn a_host_device_of_kubevirt_is_none_of_ours() {
+        let mut m = machine(Vec::new());
+        m.peripherals = [
+            ("vfc-u1", "vfio-pci"),
+            ("hostdevice-gpu", "vfio-pci"),
+            ("vfc-u2", "pcie-root-port"),
+        ]
+        .map(|(id, type_)| super::super::Peripheral {
+            id: id.into(),
+            type_: type_.into(),
+        })
+        .into();
+        assert_eq!(our_devices(&m), 1);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::agent::{Agent, MANAGER};
 use super::attach::StepResult;
 use super::error::ReconcileError;
 use super::inventory;
-use super::ledger::{Entry, Ledger, VfKey};
+use super::ledger::Ledger;
 use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::vf::{self, VfError};
@@ -39,7 +39,7 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
         let ledger = agent.ledger.lock();
         ledger
             .functions()
-            .map(|name| (name.to_owned(), holders(&ledger, name)))
+            .map(|name| (name.to_owned(), Holder::all(&ledger, name)))
             .collect()
     };
     vf::blocking(&agent.kernel, move |kernel| {
@@ -90,20 +90,6 @@ fn one(
     })
 }
 
-/// The claims on a PF, from the ledger.
-fn holders(ledger: &Ledger, name: &str) -> Vec<Holder> {
-    ledger
-        .on(name)
-        .map(|entry| Holder {
-            claim: entry.claim.clone(),
-            vm_uid: entry.vm_uid.clone(),
-            vf_index: entry.vf.index,
-            mac: entry.mac_address.parse().ok(),
-            attached: entry.attached(),
-        })
-        .collect()
-}
-
 /// The planners' view of a snapshot, with the ledger as it is now.
 #[must_use]
 pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<PfView> {
@@ -120,7 +106,7 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
                 vfs: snapshot.vfs.clone(),
                 managed: object.is_some_and(|o| o.spec.managed),
                 desired: object.and_then(|o| o.spec.num_vfs),
-                holders: holders(ledger, &snapshot.name),
+                holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),
             })
@@ -160,7 +146,7 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
         let mut ledger = agent.ledger.lock();
         let chosen = choose(&views(agent, &ledger, &snapshots), &wish);
         if let Ok(choice) = &chosen {
-            ledger.enter(entry(claim, choice, &wish))?;
+            ledger.enter(wish.entry(claim, choice))?;
         }
         chosen
     };
@@ -200,24 +186,6 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
     let claim = status::decide(api, claim, MANAGER, &fields).await?;
     reach(Point::Allocated);
     Ok(Ok(claim))
-}
-
-fn entry(claim: &VFClaim, choice: &Choice, wish: &Wish) -> Entry {
-    let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
-    Entry {
-        vf: VfKey {
-            physical_function: choice.physical_function.clone(),
-            index: choice.vf_index,
-        },
-        claim: wish.claim.clone(),
-        mac_address: wish.config.mac.to_string(),
-        wanted: Some(wish.config),
-        vm_uid: wish.vm_uid.clone(),
-        pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
-        going: false,
-        port: None,
-        unanswered: claim.metadata.resource_version.clone(),
-    }
 }
 
 /// How many VFs the claim's PF is to be given so that the claim's VF exists, by

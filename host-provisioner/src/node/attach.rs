@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::agent::{Agent, MANAGER};
 use super::error::ReconcileError;
-use super::plan::{Qemu, Wait};
+use super::plan::{Added, Close, Qemu, Wait, close_after_add};
 use super::qemu::{self, Vm, VmError};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::plan::device_id;
@@ -126,32 +126,37 @@ pub async fn plug(agent: &Agent, claim: &VFClaim, vm: &Vm) -> StepResult<()> {
                 .await;
             settle(vm, id, added).await
         }
-        Err(error) => Err(error),
+        Err(error) => Err((Added::No, error)),
     };
     reach(Point::DeviceAdded);
     // However it ended: the node of this group must not stay in the container.
     let pod_uid = vm.process.pod_uid.clone();
     let closed = gates(agent, move |gates| gates.close_device(&pod_uid, group)).await;
     reach(Point::GroupClosed);
-    let failed = added.is_err();
-    if failed && present == 0 {
+    let end = added.as_ref().map_or_else(|(end, _)| *end, |()| Added::Yes);
+    if close_after_add(end, present) == Close::All {
         let pod_uid = vm.process.pod_uid.clone();
         gates(agent, move |gates| gates.close_all(&pod_uid)).await?;
     }
-    added?;
+    added.map_err(|(_, error)| error)?;
     closed?;
     Ok(Ok(()))
 }
 
 /// A `device_add` whose outcome is unknown is looked up, never repeated blindly.
-async fn settle(vm: &Vm, id: &str, added: Result<(), HypervisorError>) -> Result<(), VmError> {
+async fn settle(
+    vm: &Vm,
+    id: &str,
+    added: Result<(), HypervisorError>,
+) -> Result<(), (Added, VmError)> {
     match added {
         Ok(()) => Ok(()),
-        Err(error) if error.outcome_unknown() => match vm.session.guest_view(id).await? {
-            GuestView::Absent => Err(error.into()),
-            GuestView::Plugged { .. } | GuestView::Configured { .. } => Ok(()),
+        Err(error) if error.outcome_unknown() => match vm.session.guest_view(id).await {
+            Ok(GuestView::Absent) => Err((Added::No, error.into())),
+            Ok(GuestView::Plugged { .. } | GuestView::Configured { .. }) => Ok(()),
+            Err(look) => Err((Added::Unknown, look.into())),
         },
-        Err(error) => Err(error.into()),
+        Err(error) => Err((Added::No, error.into())),
     }
 }
 

@@ -10,6 +10,7 @@ use kube::core::DynamicObject;
 use kube::runtime::reflector::ObjectRef;
 
 use super::agent::Agent;
+use super::ledger::Answer;
 
 /// The claim, if it is there and this node's. What the answer says of the claim's VF goes
 /// into the ledger.
@@ -20,24 +21,21 @@ pub(super) async fn read(
     uid: &str,
 ) -> Result<Option<VFClaim>, kube::Error> {
     let found = api.get_opt(name).await?;
-    let Some(claim) = found.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
-        let known = agent.ledger.lock().of(uid).is_some();
-        agent.ledger.lock().forget(uid);
-        if known {
-            tracing::info!(claim = name, uid, "gone, and its VF is free");
-            agent.tell_pool_changed();
+    let answer = agent
+        .ledger
+        .lock()
+        .answered(found.as_ref(), uid, &agent.node_name);
+    match answer {
+        Answer::Mine => Ok(found),
+        Answer::Gone { freed } => {
+            if freed {
+                tracing::info!(claim = name, uid, "gone, and its VF is free");
+                agent.tell_pool_changed();
+            }
+            Ok(None)
         }
-        return Ok(None);
-    };
-    let status = claim.status.as_ref();
-    if status.and_then(|s| s.host_node.as_deref()) == Some(agent.node_name.as_str()) {
-        return Ok(Some(claim));
+        Answer::Elsewhere => Ok(None),
     }
-    // Another node's has no device of this one: a choice that was not written is given up.
-    if status.is_none_or(|s| s.device.is_none()) {
-        agent.ledger.lock().forget(uid);
-    }
-    Ok(None)
 }
 
 /// Follows up a claim that the watch no longer has, until the API server has answered: a claim

@@ -55,13 +55,24 @@ impl Entry {
 /// Two claims that name one VF: neither may be acted on.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached must be deleted"
+    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached lets go of it"
 )]
 pub struct Doubled {
     pub physical_function: String,
     pub index: u16,
     pub holder: String,
     pub other: String,
+}
+
+/// What the API server's answer about a claim is to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The claim is there and this node's.
+    Mine,
+    /// That UID is gone; whether a VF went back with it.
+    Gone { freed: bool },
+    /// It is another node's, or no node's yet.
+    Elsewhere,
 }
 
 /// The ledger: claims by UID.
@@ -128,6 +139,37 @@ impl Ledger {
         }
     }
 
+    /// Takes in what the API server answered when it was asked for the claim of that UID:
+    /// `found` is what has the claim's name now. The one place where a VF is let go without
+    /// its claim having been seen to give it up.
+    pub fn answered(&mut self, found: Option<&VFClaim>, uid: &str, node: &str) -> Answer {
+        let Some(claim) = found.filter(|c| c.metadata.uid.as_deref() == Some(uid)) else {
+            let freed = self.entries.remove(uid).is_some();
+            return Answer::Gone { freed };
+        };
+        let status = claim.status.as_ref();
+        if status.and_then(|s| s.host_node.as_deref()) == Some(node) {
+            return Answer::Mine;
+        }
+        // Another node's has no device of this one: a choice that was not written is given up.
+        if status.is_none_or(|s| s.device.is_none()) {
+            self.entries.remove(uid);
+        }
+        Answer::Elsewhere
+    }
+
+    /// Enters the claims of a consistent LIST. An attached one goes before any other on the
+    /// same VF, because its VF may be in a QEMU; those who come too late are told.
+    pub fn fill(&mut self, claims: &[VFClaim]) -> Vec<Doubled> {
+        let attached = |claim: &&VFClaim| Self::entry_of(claim).is_some_and(|e| e.attached());
+        let (first, rest): (Vec<_>, Vec<_>) = claims.iter().partition(attached);
+        first
+            .into_iter()
+            .chain(rest)
+            .filter_map(|claim| self.observe(claim).err())
+            .collect()
+    }
+
     /// Enters a choice before it is written.
     pub fn enter(&mut self, entry: Entry) -> Result<(), Doubled> {
         if let Some(holder) = self.holder(&entry.vf)
@@ -180,19 +222,19 @@ impl Ledger {
 
     /// The claims with a recorded attachment in a launcher that are to keep it.
     #[must_use]
-    pub fn attached_in(&self, pod_uid: &str) -> Vec<ClaimRef> {
+    pub fn kept_in(&self, pod_uid: &str) -> Vec<ClaimRef> {
         let all = self.entries.values();
         all.filter(|e| e.attached() && !e.going && e.pod_uid == pod_uid)
             .map(|e| e.claim.clone())
             .collect()
     }
 
-    /// Other claims with a recorded attachment in the same launcher.
+    /// Claims with a recorded attachment in that launcher.
     #[must_use]
-    pub fn others_attached_in(&self, pod_uid: &str, except_claim: &str) -> usize {
+    pub fn attached_in(&self, pod_uid: &str) -> usize {
         self.entries
             .values()
-            .filter(|e| e.attached() && e.pod_uid == pod_uid && e.claim.uid != except_claim)
+            .filter(|e| e.attached() && e.pod_uid == pod_uid)
             .count()
     }
 
@@ -278,7 +320,59 @@ mod tests {
     }
 
     #[test]
-    fn others_in_the_same_launcher_are_counted_when_attached() {
+    fn an_attached_claim_is_entered_before_another_on_its_vf() {
+        let claim = |uid: &str, attached: bool| {
+            let mut claim = VFClaim::new(uid, common::api::VFClaimSpec::default());
+            claim.metadata.uid = Some(uid.into());
+            let attachment = serde_json::json!({
+                "vmiUID": "v", "podUID": "pod", "qemuDeviceID": "d", "port": "rp9",
+                "transport": "QmpSocket", "bootID": "b", "qemuStartTime": 1,
+            });
+            let status = serde_json::json!({
+                "device": {"nodeName": "n", "physicalFunction": "n-1", "vfIndex": 0},
+                "attachment": attached.then_some(attachment),
+            });
+            claim.status = Some(serde_json::from_value(status).unwrap());
+            claim
+        };
+        let mut ledger = Ledger::default();
+        let late = ledger.fill(&[claim("a", false), claim("b", true)]);
+        assert_eq!(late.len(), 1);
+        assert!(ledger.of("a").is_none() && ledger.of("b").is_some());
+    }
+
+    #[test]
+    fn what_the_api_server_answers_frees_a_vf_only_of_a_claim_that_is_gone_or_elsewhere() {
+        let mut claim = VFClaim::new("a", common::api::VFClaimSpec::default());
+        claim.metadata.uid = Some("a".into());
+        let node = |host: &str| {
+            let status = serde_json::json!({ "hostNode": host });
+            Some(serde_json::from_value(status).unwrap())
+        };
+        let mut ledger = Ledger::default();
+        ledger.enter(entry("a", 0)).unwrap();
+        claim.status = node("here");
+        assert_eq!(ledger.answered(Some(&claim), "a", "here"), Answer::Mine);
+        assert!(ledger.of("a").is_some());
+        assert_eq!(
+            ledger.answered(Some(&claim), "earlier", "here"),
+            Answer::Gone { freed: false }
+        );
+        claim.status = node("there");
+        assert_eq!(
+            ledger.answered(Some(&claim), "a", "here"),
+            Answer::Elsewhere
+        );
+        assert!(ledger.of("a").is_none());
+        ledger.enter(entry("a", 0)).unwrap();
+        assert_eq!(
+            ledger.answered(None, "a", "here"),
+            Answer::Gone { freed: true }
+        );
+    }
+
+    #[test]
+    fn claims_in_one_launcher_are_counted_when_attached() {
         let mut ledger = Ledger::default();
         ledger.enter(entry("a", 0)).unwrap();
         ledger
@@ -287,9 +381,8 @@ mod tests {
                 ..entry("b", 1)
             })
             .unwrap();
-        assert_eq!(ledger.others_attached_in("pod", "a"), 1);
-        assert_eq!(ledger.others_attached_in("pod", "b"), 0);
+        assert_eq!(ledger.attached_in("pod"), 1);
         assert_eq!(ledger.ports_in("pod", "a"), ["rp9"]);
-        assert_eq!(ledger.others_attached_in("elsewhere", "a"), 0);
+        assert_eq!(ledger.attached_in("elsewhere"), 0);
     }
 }

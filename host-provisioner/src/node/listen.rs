@@ -50,7 +50,7 @@ pub fn follow(agent: &Arc<Agent>, vm: &Vm) {
 /// Stops listening where no claim is attached any more.
 pub fn prune(agent: &Agent) {
     let ledger = agent.ledger.lock();
-    let attached = |pod_uid: &String| ledger.others_attached_in(pod_uid, "") > 0;
+    let attached = |pod_uid: &String| ledger.attached_in(pod_uid) > 0;
     agent
         .listeners
         .lock()
@@ -93,7 +93,7 @@ fn matters(event: &str) -> bool {
 }
 
 fn wake(agent: &Agent, pod_uid: &str, what: &str) {
-    let claims = agent.ledger.lock().attached_in(pod_uid);
+    let claims = agent.ledger.lock().kept_in(pod_uid);
     tracing::debug!(pod = pod_uid, what, claims = claims.len(), "QEMU says");
     for claim in claims {
         agent.wake(&claim);

@@ -23,6 +23,8 @@ pub struct ClaimFacts {
     pub attachment: bool,
     /// It says that the guest has the device.
     pub reported: bool,
+    /// The ledger says that another claim has the VF that this one names.
+    pub doubled: bool,
 }
 
 /// The claim's VF as the host kernel has it.
@@ -149,11 +151,28 @@ fn wait(reason: &'static str, message: impl Into<String>) -> Step {
 /// The next step for a claim.
 #[must_use]
 pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
-    if claim.deleting {
+    if claim.doubled {
+        doubled(claim)
+    } else if claim.deleting {
         release(claim, seen)
     } else {
         attach(claim, seen)
     }
+}
+
+/// Two claims name one VF: a predecessor's request was carried out after this agent had read
+/// the claims. Nothing was done for the one that is not attached, and it lets go.
+fn doubled(claim: ClaimFacts) -> Step {
+    if !claim.device {
+        return Step::Rest;
+    }
+    if claim.attachment {
+        return wait(
+            reason::CONFLICT,
+            "another claim has the VF that this one names, and this one's attachment is recorded; delete the claim that does not work",
+        );
+    }
+    Step::ClearDevice
 }
 
 fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
@@ -298,6 +317,48 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
     }
 }
 
+/// How a `device_add` ended, as far as it is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    Yes,
+    No,
+    /// Neither it nor the question what became of it was answered.
+    Unknown,
+}
+
+/// Which of a launcher's gates are to be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Close {
+    /// The group's node and rule: nobody opens it a second time.
+    Group,
+    /// Those, and what all VFs of the VM share: `/dev/vfio/vfio` and memlock.
+    All,
+}
+
+/// What is closed after `device_add`; `others` is how many VFIO devices QEMU had before.
+///
+/// A QEMU that may have the device must be able to lock its memory again at its guest's next
+/// reboot, so what is shared is closed only when it is sure that there is no device.
+#[must_use]
+pub const fn close_after_add(added: Added, others: u32) -> Close {
+    match added {
+        Added::No if others == 0 => Close::All,
+        Added::Yes | Added::No | Added::Unknown => Close::Group,
+    }
+}
+
+/// What is closed when a claim's device has left QEMU, which has `left` devices of ours now.
+///
+/// QEMU is asked, not the claims: of two that are released at once each would be told of the
+/// other. A claim that is still to be plugged in opens the gates itself.
+#[must_use]
+pub const fn close_after_release(left: usize) -> Close {
+    match left {
+        0 => Close::All,
+        _ => Close::Group,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -310,6 +371,7 @@ mod tests {
             device,
             attachment,
             reported: false,
+            doubled: false,
         }
     }
 
@@ -471,7 +533,29 @@ mod tests {
             device: false,
             attachment: false,
             reported: false,
+            doubled: false,
         };
         assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
+    }
+
+    #[test]
+    fn of_two_claims_on_one_vf_the_one_without_an_attachment_lets_go_untouched() {
+        for deleting in [false, true] {
+            let mut facts = claim(deleting, true, false);
+            facts.doubled = true;
+            assert_eq!(next_step(facts, &Seen::default()), Step::ClearDevice);
+            facts.attachment = true;
+            assert!(matches!(next_step(facts, &Seen::default()), Step::Wait(_)));
+        }
+    }
+
+    #[test]
+    fn what_vfs_share_stays_open_while_qemu_may_have_one() {
+        assert_eq!(close_after_add(Added::Yes, 0), Close::Group);
+        assert_eq!(close_after_add(Added::Unknown, 0), Close::Group);
+        assert_eq!(close_after_add(Added::No, 0), Close::All);
+        assert_eq!(close_after_add(Added::No, 1), Close::Group);
+        assert_eq!(close_after_release(0), Close::All);
+        assert_eq!(close_after_release(1), Close::Group);
     }
 }

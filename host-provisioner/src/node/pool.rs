@@ -209,6 +209,11 @@ fn new_vf(pf: &PfView, wish: &Wish, growth: Growth) -> Result<Choice, Refusal> {
     if pf.facts.iommu_group.is_none() {
         return Err(Refusal::NotIsolated(GroupConflict::NoIommu));
     }
+    // Which of them share an IOMMU group is known when they exist; until then they are
+    // promised to one VM alone.
+    if growth == Growth::AllAtOnce && pf.holders().any(|holder| holder.vm_uid != wish.vm_uid) {
+        return Err(Refusal::BeingMade);
+    }
     let ours: Vec<PciAddress> = pf.existing().filter_map(|vf| vf.address).collect();
     let strangers: Vec<PciAddress> = pf
         .facts

@@ -87,6 +87,7 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
         agent: Arc::clone(agent),
         api,
         claim,
+        doubled: false,
         seen: Seen::default(),
         vm: None,
         device: None,
@@ -99,6 +100,8 @@ struct Walk {
     agent: Arc<Agent>,
     api: Api<VFClaim>,
     claim: VFClaim,
+    /// Another claim has the VF that this one names.
+    doubled: bool,
     seen: Seen,
     vm: Option<Vm>,
     /// The device with what is known since the VF exists, to be recorded with
@@ -133,11 +136,15 @@ impl Walk {
             device: status.is_some_and(|s| s.device.is_some()),
             attachment: status.is_some_and(|s| s.attachment.is_some()),
             reported: status.is_some_and(|s| s.guest_device.is_some()),
+            doubled: self.doubled,
         }
     }
 
     async fn run(&mut self) -> Result<End, ReconcileError> {
-        self.agent.ledger.lock().observe(&self.claim)?;
+        if let Err(doubled) = self.agent.ledger.lock().observe(&self.claim) {
+            tracing::error!(claim = self.claim.metadata.name, %doubled, "not acted on");
+            self.doubled = true;
+        }
         let mut step = Step::Rest;
         for _ in 0..MAX_STEPS {
             step = next_step(self.facts(), &self.seen);
@@ -217,6 +224,7 @@ impl Walk {
     /// Takes over what a write answered.
     fn renew(&mut self, claim: VFClaim) -> Result<(), ReconcileError> {
         self.agent.ledger.lock().observe(&claim)?;
+        self.doubled = false;
         self.claim = claim;
         self.agent.tell_report_due();
         Ok(())

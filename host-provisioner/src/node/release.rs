@@ -11,9 +11,10 @@ use serde_json::json;
 use super::agent::{Agent, MANAGER};
 use super::attach::{StepResult, gates, recorded};
 use super::error::ReconcileError;
-use super::plan::Wait;
-use super::qemu::{Vm, VmError};
+use super::plan::{Close, Wait, close_after_release};
+use super::qemu::{self, Vm, VmError};
 use crate::hypervisor::Unplug;
+use crate::hypervisor::plan::our_devices;
 use crate::points::{Point, reach};
 
 /// How long one request to unplug is waited for. QEMU forgets none, and
@@ -45,22 +46,23 @@ pub async fn unplug(claim: &VFClaim, vm: &Vm) -> StepResult<()> {
 }
 
 /// Closes what the claim's attachment opened in its launcher: the group's gates
-/// always, the shared ones when no other claim is attached there. The caller
-/// has the VM's turn.
+/// always, the shared ones when QEMU has no device of ours any more. The caller
+/// has the VM's turn, so none is being plugged in meanwhile.
 pub async fn close_gates(agent: &Agent, claim: &VFClaim) -> Result<(), ReconcileError> {
     let Ok(recorded) = recorded(claim) else {
         return Ok(());
     };
     let pod_uid = recorded.attachment.pod_uid.clone();
     let group = recorded.group;
-    let uid = claim.metadata.uid.as_deref().unwrap_or_default();
-    let others = agent.ledger.lock().others_attached_in(&pod_uid, uid);
+    let left = match qemu::find(agent, &pod_uid).await? {
+        Some(vm) => our_devices(&vm.session.machine().await.map_err(VmError::from)?),
+        None => 0,
+    };
     gates(agent, move |gates| {
         gates.close_device(&pod_uid, group)?;
-        if others == 0 {
-            gates.close_all(&pod_uid)
-        } else {
-            Ok(())
+        match close_after_release(left) {
+            Close::All => gates.close_all(&pod_uid),
+            Close::Group => Ok(()),
         }
     })
     .await?;

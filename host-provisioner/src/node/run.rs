@@ -202,12 +202,9 @@ async fn fill_ledger(agent: &Agent) -> Result<(), NodeError> {
     // No resourceVersion: the API server answers from a quorum read.
     let mine = ListParams::default().fields(&format!("status.hostNode={}", agent.node_name));
     let claims = api.list(&mine).await?;
-    let mut ledger = agent.ledger.lock();
-    for claim in &claims {
-        if let Err(error) = ledger.observe(claim) {
-            // Both are reported when they are reconciled; neither is acted on.
-            tracing::error!(%error, "two claims name one VF");
-        }
+    for doubled in agent.ledger.lock().fill(&claims.items) {
+        // Planned for when that claim is reconciled; until then it is not acted on.
+        tracing::error!(%doubled, "two claims name one VF");
     }
     tracing::info!(claims = claims.items.len(), "ledger filled");
     Ok(())
@@ -217,13 +214,9 @@ async fn fill_ledger(agent: &Agent) -> Result<(), NodeError> {
 async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
     let shared = Arc::clone(agent);
     let recovered = tokio::task::spawn_blocking(move || {
-        shared.gates.recover(&|journal| {
-            shared
-                .ledger
-                .lock()
-                .others_attached_in(&journal.pod_uid, "")
-                > 0
-        })
+        shared
+            .gates
+            .recover(&|journal| shared.ledger.lock().attached_in(&journal.pod_uid) > 0)
     })
     .await
     .map_err(|e| NodeError::Thread(e.to_string()))??;

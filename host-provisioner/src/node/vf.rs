@@ -146,6 +146,11 @@ pub fn prepare(
     })?;
     isolated(kernel, pf, &vf)?;
     let held = prove_free(kernel, &vf)?;
+    if held.is_some() {
+        // A VF that was given back is driverless. One on vfio-pci was left by a claim that let
+        // go of it while somebody else had its group: nobody has cleaned it since.
+        kernel.reset_function(vf.address)?;
+    }
     driver(pf)?.setup(kernel, pf, &vf, want)?;
     reach(Point::Configured);
     let held = match held {

@@ -6,7 +6,9 @@ use common::api::{ClaimRef, GrantedNetwork, PfSelector, VFClaim};
 use thiserror::Error;
 
 use crate::kernel::{MacAddr, MacError, VfConfig, VlanTag};
-use crate::node::ledger::claim_ref;
+use crate::node::ledger::{Entry, Ledger, VfKey, claim_ref};
+
+use super::Choice;
 
 /// A claim that names a VF in `status.device`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +44,21 @@ impl Holder {
             attached: status.attachment.is_some(),
         };
         Some((device.physical_function.clone(), holder))
+    }
+
+    /// The claims on a PF, from the ledger.
+    #[must_use]
+    pub fn all(ledger: &Ledger, physical_function: &str) -> Vec<Self> {
+        ledger
+            .on(physical_function)
+            .map(|entry| Self {
+                claim: entry.claim.clone(),
+                vm_uid: entry.vm_uid.clone(),
+                vf_index: entry.vf.index,
+                mac: entry.mac_address.parse().ok(),
+                attached: entry.attached(),
+            })
+            .collect()
     }
 }
 
@@ -87,6 +104,26 @@ impl Wish {
             config: wanted_config(&admitted.network)?,
             num_vfs: admitted.num_vfs,
         })
+    }
+
+    /// What the ledger is to have of a choice before it is written onto `claim`.
+    #[must_use]
+    pub fn entry(&self, claim: &VFClaim, choice: &Choice) -> Entry {
+        let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
+        Entry {
+            vf: VfKey {
+                physical_function: choice.physical_function.clone(),
+                index: choice.vf_index,
+            },
+            claim: self.claim.clone(),
+            mac_address: self.config.mac.to_string(),
+            wanted: Some(self.config),
+            vm_uid: self.vm_uid.clone(),
+            pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
+            going: false,
+            port: None,
+            unanswered: claim.metadata.resource_version.clone(),
+        }
     }
 }
 

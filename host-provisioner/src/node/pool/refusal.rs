@@ -36,6 +36,8 @@ pub enum Refusal {
         total: u16,
         holders: Vec<Holder>,
     },
+    /// Its VFs do not exist yet and are promised to another VM.
+    BeingMade,
 }
 
 /// Who has a MAC.
@@ -71,6 +73,7 @@ impl Refusal {
             Self::MacInUse { .. } => reason::MAC_IN_USE,
             Self::NotIsolated(_) => reason::NOT_ISOLATED,
             Self::NoFreeVf { .. } => reason::NO_FREE_VF,
+            Self::BeingMade => reason::PENDING,
         }
     }
 
@@ -84,6 +87,7 @@ impl Refusal {
             Self::NotIsolated(_) => 4,
             Self::NoFreeVf { .. } => 5,
             Self::MacInUse { .. } => 6,
+            Self::BeingMade => 7,
         }
     }
 
@@ -118,6 +122,10 @@ impl Refusal {
                 total,
                 holders,
             } => no_free_vf(pf, *existing, *foreign, *total, &names.list(holders)),
+            Self::BeingMade => format!(
+                "the VFs of {pf} are being made for a claim of another VM; this claim goes on by \
+                 itself when they exist"
+            ),
         }
     }
 }

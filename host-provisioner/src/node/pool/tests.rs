@@ -149,6 +149,18 @@ fn a_promised_vf_is_taken_though_none_exists_yet() {
 }
 
 #[test]
+fn vfs_that_do_not_exist_yet_are_promised_to_one_vm_alone() {
+    let mut pool = input(PF1, 0);
+    pool.holders = vec![holder("b", 0)];
+    let same = choose(&[PfView::new(pool.clone())], &wish("a")).unwrap();
+    assert_eq!(same.vf_index, 1);
+    pool.holders[0].vm_uid = "vm-2".to_owned();
+    let (reason, words) = refused(pool, &wish("a"));
+    assert_eq!(reason, reason::PENDING);
+    assert!(words.contains("another VM"), "{words}");
+}
+
+#[test]
 fn after_a_restart_of_the_host_enough_vfs_are_made_for_every_claim() {
     let mut pool = input(PF1, 0);
     pool.desired = Some(2);
