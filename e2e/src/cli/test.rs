@@ -27,6 +27,12 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
         keep,
     } = wish;
     let wanted = scenarios::matching(names, most, long)?;
+    let left_out = scenarios::matching(names, most, true)?.len() - wanted.len();
+    if left_out > 0 {
+        progress::line(&format!(
+            "{left_out} scenarios that take minutes are left out: --long runs them too"
+        ));
+    }
     let ctx = Ctx::prepare(paths)?;
     let mut count = Count::default();
     if names.is_empty() {
