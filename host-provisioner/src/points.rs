@@ -65,8 +65,7 @@ pub enum Point {
 /// Does what the point was armed with; nothing if it was not.
 #[cfg(feature = "crash-points")]
 pub fn reach(point: Point) {
-    use nix::sys::signal::{Signal, kill};
-    use nix::unistd::Pid;
+    use nix::sys::signal::{Signal, raise};
 
     let file = std::path::Path::new(FOLDER).join(name(point));
     let Ok(text) = std::fs::read_to_string(&file) else {
@@ -82,7 +81,8 @@ pub fn reach(point: Point) {
     tracing::warn!(?point, %signal, "an armed point is reached");
     let sent = std::fs::remove_file(&file)
         .map_err(|e| e.to_string())
-        .and_then(|()| kill(Pid::this(), signal).map_err(|e| e.to_string()));
+        // To this thread: sent to the process, it would go on until another thread has taken it.
+        .and_then(|()| raise(signal).map_err(|e| e.to_string()));
     if let Err(error) = sent {
         tracing::error!(?point, error, "an armed point did nothing");
     }
