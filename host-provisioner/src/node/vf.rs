@@ -148,7 +148,8 @@ pub fn prepare(
     let held = prove_free(kernel, &vf)?;
     if held.is_some() {
         // A VF that was given back is driverless. One on vfio-pci was left by a claim that let
-        // go of it while somebody else had its group: nobody has cleaned it since.
+        // go of it while somebody else had its group: nobody has cleaned it since. Before the
+        // settings, which tell a successor that this was done.
         kernel.reset_function(vf.address)?;
     }
     driver(pf)?.setup(kernel, pf, &vf, want)?;

@@ -3,8 +3,10 @@
 use super::*;
 use crate::kernel::Kernel as _;
 use crate::kernel::fake::Write;
+use crate::node::agent::MANAGER;
 use crate::node::test_stage::Stage;
 use common::api::{condition, type_};
+use serde_json::json;
 
 const MAC: &str = "02:00:00:00:00:01";
 
@@ -104,4 +106,39 @@ async fn what_the_kernel_refuses_is_said_and_tried_again_with_the_same_vf() {
     assert_eq!(says(&up, type_::PREPARED), ("True", reason::PREPARED));
     let same = up.status.unwrap().device.unwrap();
     assert_eq!(same.vf_index, device.vf_index);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_names_another_ones_vf_lets_go_of_it_and_gets_its_own() {
+    let stage = Stage::new().await;
+    let first = stage.claim(MAC).await;
+    reconcile(Arc::new(first.clone()), Arc::clone(&stage.agent)).await;
+    let first = stage.now(&first).await;
+    let taken = first.status.as_ref().unwrap().device.clone().unwrap();
+
+    // A dead agent's choice, carried out after the VF was given to the first claim.
+    let late = stage.claim("02:00:00:00:00:02").await;
+    let choice = json!({"device": {
+        "nodeName": taken.node_name,
+        "physicalFunction": taken.physical_function,
+        "vfIndex": taken.vf_index,
+    }});
+    let late = common::kube::status::decide(&stage.claims(), &late, MANAGER, &choice)
+        .await
+        .unwrap();
+    let written = stage.kernel.writes();
+    reconcile(Arc::new(late.clone()), Arc::clone(&stage.agent)).await;
+    let device = stage.now(&late).await.status.unwrap().device.unwrap();
+    assert_ne!(device.vf_index, taken.vf_index);
+    let vfs = stage.kernel.virtual_functions(stage.pf.address).unwrap();
+    let vf = vfs.iter().find(|v| v.index == taken.vf_index).unwrap();
+    let since = stage.kernel.writes().split_off(written.len());
+    let touched = since.iter().any(|w| match w {
+        Write::VfSetting { vf: at, .. } => *at == vf.address,
+        Write::Bind(at) | Write::Unbind(at) | Write::Reset(at) => *at == vf.address,
+        Write::NumVfs { .. } | Write::LinkUp(_) => false,
+    });
+    assert!(!touched, "{since:?}");
+    let still = stage.now(&first).await.status.unwrap().device.unwrap();
+    assert_eq!(still.vf_index, taken.vf_index);
 }
