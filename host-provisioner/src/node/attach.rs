@@ -184,10 +184,7 @@ pub async fn await_guest(claim: &VFClaim, vm: &Vm) -> StepResult<String> {
             .await
             .map_err(VmError::from)?;
         match view {
-            GuestView::Configured { address } => {
-                reach(Point::GuestConfigured);
-                return Ok(Ok(address.to_string()));
-            }
+            GuestView::Configured { address } => return Ok(Ok(address.to_string())),
             GuestView::Absent => {
                 return Ok(Err(Wait {
                     reason: reason::RETRYING,

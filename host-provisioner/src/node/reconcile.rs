@@ -22,6 +22,7 @@ use super::report::Outcome;
 use super::vf::{self, VfError};
 use super::{allocate, attach, gone, inventory, listen, release};
 use crate::kernel::PfFacts;
+use crate::points::{Point, reach};
 use end::End;
 
 /// No claim needs more steps than this in one reconcile: more is a defect, and
@@ -188,6 +189,7 @@ impl Walk {
             Step::LookAtService => return self.look_at_service().await,
             Step::Repair(drift) => return self.repair(drift).await,
             Step::ReportAttached { guest_address } => {
+                reach(Point::GuestConfigured);
                 let device = GuestDevice {
                     pci_address: guest_address.clone(),
                     mac_address: self.admitted()?.network.mac_address.clone(),

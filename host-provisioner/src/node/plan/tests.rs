@@ -1,0 +1,197 @@
+use super::*;
+use crate::kernel::VfConfig;
+
+fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
+    ClaimFacts {
+        deleting,
+        bound: true,
+        device,
+        attachment,
+        reported: false,
+        doubled: false,
+    }
+}
+
+fn vf(vf: Vf, configured: bool, clean: bool) -> Option<VfSeen> {
+    Some(VfSeen {
+        vf,
+        configured,
+        clean,
+    })
+}
+
+#[test]
+fn a_claim_goes_up_step_by_step() {
+    let mut seen = Seen::default();
+    assert_eq!(next_step(claim(false, false, false), &seen), Step::Allocate);
+    assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtVf);
+    seen.vf = vf(Vf::Absent, false, false);
+    assert_eq!(next_step(claim(false, true, false), &seen), Step::CreateVfs);
+    seen.vf = vf(Vf::Driverless, false, true);
+    assert_eq!(next_step(claim(false, true, false), &seen), Step::Prepare);
+    seen.vf = vf(Vf::VfioFree, true, false);
+    assert_eq!(
+        next_step(claim(false, true, false), &seen),
+        Step::LookAtQemu
+    );
+    seen.qemu = Some(Qemu::Running(InQemu::Absent));
+    assert_eq!(
+        next_step(claim(false, true, false), &seen),
+        Step::RecordAttachment
+    );
+    assert_eq!(next_step(claim(false, true, true), &seen), Step::Plug);
+    seen.qemu = Some(Qemu::Running(InQemu::Plugged));
+    assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
+    seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
+    assert_eq!(
+        next_step(claim(false, true, true), &seen),
+        Step::ReportAttached {
+            guest_address: "0000:05:00.0".into()
+        }
+    );
+}
+
+#[test]
+fn an_attached_claim_is_judged_by_qemu_before_its_group_is_probed() {
+    assert_eq!(
+        next_step(claim(false, true, true), &Seen::default()),
+        Step::LookAtQemu
+    );
+    let seen = Seen {
+        qemu: Some(Qemu::Running(InQemu::Plugged)),
+        vf: None,
+        service: None,
+    };
+    assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
+}
+
+#[test]
+fn release_touches_the_vf_only_when_qemu_let_go_and_the_group_opens() {
+    let mut seen = Seen::default();
+    assert_eq!(next_step(claim(true, true, true), &seen), Step::LookAtQemu);
+    seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
+    for held in [Vf::VfioHeld, Vf::VfioFree, Vf::Driverless] {
+        seen.vf = vf(held, true, false);
+        assert_eq!(next_step(claim(true, true, true), &seen), Step::Unplug);
+    }
+    seen.qemu = Some(Qemu::Running(InQemu::Absent));
+    seen.vf = vf(Vf::VfioHeld, true, false);
+    assert!(matches!(
+        next_step(claim(true, true, true), &seen),
+        Step::Wait(_)
+    ));
+    seen.vf = vf(Vf::VfioFree, true, false);
+    assert_eq!(next_step(claim(true, true, true), &seen), Step::Clean);
+    seen.vf = vf(Vf::Driverless, false, true);
+    assert_eq!(next_step(claim(true, true, true), &seen), Step::ClearDevice);
+    assert_eq!(next_step(claim(true, false, false), &seen), Step::Rest);
+}
+
+#[test]
+fn what_somebody_else_has_is_never_cleaned() {
+    for foreign in [Vf::VfioHeld, Vf::OtherDriver("igbvf".into())] {
+        let seen = Seen {
+            vf: vf(foreign.clone(), false, false),
+            qemu: None,
+            service: None,
+        };
+        assert_eq!(
+            next_step(claim(true, true, false), &seen),
+            Step::ClearDevice
+        );
+        assert!(matches!(
+            next_step(claim(false, true, false), &seen),
+            Step::Wait(_)
+        ));
+    }
+}
+
+#[test]
+fn a_guest_that_has_its_device_is_kept_served() {
+    let kept = ClaimFacts {
+        reported: true,
+        ..claim(false, true, true)
+    };
+    let address = "0000:05:00.0".to_owned();
+    let mut seen = Seen {
+        qemu: Some(Qemu::Running(InQemu::Configured(address.clone()))),
+        ..Seen::default()
+    };
+    assert_eq!(next_step(kept, &seen), Step::LookAtService);
+    let drift = Drift::of(false, &VfConfig::CLEAN, VfConfig::CLEAN).unwrap();
+    seen.service = Some(Service::Drifted(drift.clone()));
+    assert_eq!(next_step(kept, &seen), Step::Repair(drift));
+    seen.service = Some(Service::AsGranted);
+    let report = Step::ReportAttached {
+        guest_address: address,
+    };
+    assert_eq!(next_step(kept, &seen), report);
+    // What was read back a moment ago is not looked at again on the way up.
+    seen.service = None;
+    assert_eq!(next_step(claim(false, true, true), &seen), report);
+}
+
+#[test]
+fn a_device_that_left_unasked_is_lost_with_its_cause_and_a_new_one_is_none() {
+    let kept = ClaimFacts {
+        reported: true,
+        ..claim(false, true, true)
+    };
+    let mut seen = Seen {
+        qemu: Some(Qemu::Running(InQemu::Absent)),
+        ..Seen::default()
+    };
+    assert_eq!(next_step(kept, &seen), Step::LookAtVf);
+    for (now, cause) in [
+        (Vf::Absent, "number of VFs"),
+        (Vf::Driverless, "taken from vfio-pci"),
+        (Vf::VfioFree, "ejected"),
+    ] {
+        seen.vf = vf(now, true, false);
+        let Step::Lose(wait) = next_step(kept, &seen) else {
+            panic!("not lost")
+        };
+        assert_eq!(wait.reason, reason::LOST);
+        assert!(wait.message.contains(cause), "{}", wait.message);
+    }
+    assert_eq!(next_step(claim(false, true, true), &seen), Step::Plug);
+    let going = ClaimFacts {
+        deleting: true,
+        ..kept
+    };
+    assert_eq!(next_step(going, &seen), Step::Clean);
+}
+
+#[test]
+fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
+    let facts = ClaimFacts {
+        deleting: false,
+        bound: false,
+        device: false,
+        attachment: false,
+        reported: false,
+        doubled: false,
+    };
+    assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
+}
+
+#[test]
+fn of_two_claims_on_one_vf_the_one_without_an_attachment_lets_go_untouched() {
+    for deleting in [false, true] {
+        let mut facts = claim(deleting, true, false);
+        facts.doubled = true;
+        assert_eq!(next_step(facts, &Seen::default()), Step::ClearDevice);
+        facts.attachment = true;
+        assert!(matches!(next_step(facts, &Seen::default()), Step::Wait(_)));
+    }
+}
+
+#[test]
+fn what_vfs_share_stays_open_while_qemu_may_have_one() {
+    assert_eq!(close_after_add(Added::Yes, 0), Close::Group);
+    assert_eq!(close_after_add(Added::Unknown, 0), Close::Group);
+    assert_eq!(close_after_add(Added::No, 0), Close::All);
+    assert_eq!(close_after_add(Added::No, 1), Close::Group);
+    assert_eq!(close_after_release(0), Close::All);
+    assert_eq!(close_after_release(1), Close::Group);
+}
