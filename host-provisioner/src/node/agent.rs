@@ -3,7 +3,9 @@
 //! one PF or one VM at once.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use common::api::{ClaimRef, PhysicalFunction, VFClaim};
 use common::kube::Backoff;
@@ -23,6 +25,9 @@ use crate::kernel::Kernel;
 /// Field manager of the node agent's reports and decisions.
 pub const MANAGER: &str = "host-provisioner-node";
 
+/// As long as a moment is for [`Recent`]; device_del must not be repeated sooner.
+const MOMENT: Duration = Duration::from_secs(10);
+
 /// Everything that the reconciles of one agent share.
 pub struct Agent {
     pub client: Client,
@@ -33,6 +38,7 @@ pub struct Agent {
     pub hypervisor: Arc<dyn Hypervisor>,
     pub sessions: Sessions,
     pub listeners: Listeners,
+    pub recent: Recent,
     pub gates: Arc<dyn Gates>,
     pub proc: Proc,
     /// Root ports of a VM that are left to KubeVirt's own hotplugs.
@@ -60,7 +66,9 @@ impl Agent {
 
     /// Has a claim looked at.
     pub fn wake(&self, claim: &ClaimRef) {
-        let reference = ObjectRef::new(&claim.name).within(&claim.namespace);
+        let mut reference = ObjectRef::new(&claim.name).within(&claim.namespace);
+        // Without it nobody could tell, once the claim is gone, whose VF that was.
+        reference.extra.uid = Some(claim.uid.clone());
         // Nobody takes it in only when the agent is stopping.
         let _ = self.woken.send(reference);
     }
@@ -68,6 +76,25 @@ impl Agent {
     /// Tells who publishes that a claim took a VF, or came further with it.
     pub fn tell_report_due(&self) {
         self.report_due.send_replace(());
+    }
+}
+
+/// What was done a moment ago, so that a fight with somebody else stays a slow one.
+#[derive(Default)]
+pub struct Recent(Mutex<HashMap<String, Instant>>);
+
+impl Recent {
+    /// Whether `what` was done within the last [`MOMENT`]; if not, it is done now.
+    pub fn just_did(&self, what: String) -> bool {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, at| at.elapsed() < MOMENT);
+        match all.entry(what) {
+            Entry::Occupied(_) => true,
+            Entry::Vacant(entry) => {
+                entry.insert(Instant::now());
+                false
+            }
+        }
     }
 }
 
@@ -98,5 +125,18 @@ impl Turns {
             Arc::clone(keys.entry(key.to_owned()).or_default())
         };
         turn.lock_owned().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thing_was_just_done_once_it_has_been_done() {
+        let recent = Recent::default();
+        assert!(!recent.just_did("unplug a".into()));
+        assert!(recent.just_did("unplug a".into()));
+        assert!(!recent.just_did("unplug b".into()));
     }
 }

@@ -11,6 +11,7 @@ use kube::runtime::reflector::ObjectRef;
 
 use super::agent::Agent;
 use super::ledger::Answer;
+use super::listen;
 
 /// The claim, if it is there and this node's. What the answer says of the claim's VF goes
 /// into the ledger.
@@ -30,6 +31,7 @@ pub(super) async fn read(
         Answer::Gone { freed } => {
             if freed {
                 tracing::info!(claim = name, uid, "gone, and its VF is free");
+                listen::prune(agent);
                 agent.tell_pool_changed();
             }
             Ok(None)

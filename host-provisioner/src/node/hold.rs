@@ -15,11 +15,14 @@ use super::agent::Agent;
 use super::inventory;
 use super::ledger::Entry;
 use super::vf::{self, VfError};
-use crate::kernel::{Change, Kernel, KernelError, PfFacts, VFIO_PCI, VfConfig};
+use crate::kernel::{Change, Kernel, PfFacts, VFIO_PCI, VfConfig, Watcher};
 
 /// What belongs together is looked at together: a driver that is loaded anew tells of each
 /// VF several times.
 const SETTLE: Duration = Duration::from_millis(100);
+
+/// The kernel did not answer: nobody tells when it does again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// How a VF in use differs from what was granted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,12 +57,12 @@ impl fmt::Display for Drift {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut causes = Vec::new();
         if self.pf_down {
-            causes.push("its PF's interface was taken down".to_owned());
+            causes.push("its PF's interface was down".to_owned());
         }
         if !self.settings.is_empty() {
-            let changed = self.settings.join(", ");
+            let changed = self.settings.join(" and ");
             causes.push(format!(
-                "somebody changed its {changed}; the kernel had {}",
+                "its {changed} was not as granted: the kernel had {}",
                 self.got
             ));
         }
@@ -95,21 +98,28 @@ pub fn disturbed(entries: &[Entry], serving: Option<&Serving>) -> Vec<ClaimRef> 
 }
 
 /// Listens until stopped.
-///
-/// # Errors
-/// The kernel's, when it cannot be listened to.
-pub async fn run(agent: Arc<Agent>, stop: CancellationToken) -> Result<(), KernelError> {
+pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
     let (tell, mut changes) = mpsc::unbounded_channel();
-    agent
-        .kernel
-        .watch(Arc::new(move |change| tell.send(change).is_ok()))?;
+    let told: Watcher = Arc::new(move |change| tell.send(change).is_ok());
+    if let Err(error) = agent.kernel.watch(told) {
+        tracing::error!(%error, "what the kernel changes is not heard, only seen when a claim is looked at");
+        return;
+    }
     loop {
+        // Also before the first message: what came before it was not heard.
+        while let Err(error) = look(&agent).await {
+            tracing::warn!(%error, "cannot look at the VFs in use");
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(AGAIN) => {}
+            }
+        }
         let first = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => return,
             change = changes.recv() => change,
         };
         let Some(first) = first else {
-            return Ok(());
+            return;
         };
         tokio::time::sleep(SETTLE).await;
         let mut functions = matches!(first, Change::Function(_) | Change::Anything);
@@ -118,10 +128,6 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) -> Result<(), Kerne
         }
         if functions {
             agent.tell_report_due();
-        }
-        if let Err(error) = look(&agent).await {
-            // Every attached claim is looked at again in time anyway.
-            tracing::warn!(%error, "cannot look at the VFs in use");
         }
     }
 }
@@ -147,7 +153,12 @@ async fn look(agent: &Arc<Agent>) -> Result<(), VfError> {
             let pf = pfs
                 .iter()
                 .find(|pf| inventory::physical_function_name(&node, &pf.identity) == name);
-            let serving = pf.map(|pf| serving(kernel, pf, &entries)).transpose()?;
+            // One that cannot be read must not hide what is done to the others.
+            let serving = pf.and_then(|pf| {
+                serving(kernel, pf, &entries)
+                    .inspect_err(|error| tracing::warn!(pf = name, %error, "cannot read a PF"))
+                    .ok()
+            });
             all.extend(disturbed(&entries, serving.as_ref()));
         }
         Ok(all)

@@ -74,6 +74,8 @@ async fn listen(agent: Arc<Agent>, pod_uid: String, session: Arc<dyn Session>) {
             return;
         }
     };
+    // What happened between the last look and now was not heard.
+    wake(&agent, &pod_uid, "listening from now on");
     loop {
         match events.recv().await {
             Ok(event) if matters(&event.name) => wake(&agent, &pod_uid, &event.name),

@@ -52,6 +52,22 @@ pub async fn find(agent: &Agent, pod_uid: &str) -> Result<Option<Vm>, VmError> {
     Ok(Some(Vm { process, session }))
 }
 
+/// Whether the launcher's QEMU has a device of ours, or does not say.
+pub async fn may_have_ours(agent: &Agent, pod_uid: &str) -> bool {
+    let machine = match find(agent, pod_uid).await {
+        Ok(None) => return false,
+        Ok(Some(vm)) => vm.session.machine().await.map_err(VmError::from),
+        Err(error) => Err(error),
+    };
+    match machine {
+        Ok(machine) => vm_plan::our_devices(&machine) > 0,
+        Err(error) => {
+            tracing::warn!(pod = pod_uid, %error, "QEMU does not say what it has; its memlock stays");
+            true
+        }
+    }
+}
+
 /// True when this is the process that the attachment was made in.
 #[must_use]
 pub fn is_same(process: &QemuProcess, attachment: &AttachmentStatus, boot_id: &str) -> bool {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::api::{Admitted, DeviceStatus, GuestDevice, VFClaim, VFClaimStatus, reason};
 use common::kube::is_conflict;
+use kube::Api;
 use kube::runtime::controller::Action;
-use kube::{Api, ResourceExt as _};
 use tokio::sync::OwnedMutexGuard;
 
 use super::agent::Agent;
@@ -28,6 +28,9 @@ use end::End;
 /// No claim needs more steps than this in one reconcile: more is a defect, and
 /// is reported rather than looped on.
 const MAX_STEPS: usize = 40;
+
+/// What is to be read and planned again at once.
+const SOON: Duration = Duration::from_millis(50);
 
 /// Reconciles a claim; never fails: what goes wrong is reported on the claim
 /// and tried again.
@@ -58,7 +61,7 @@ pub async fn reconcile(cached: Arc<VFClaim>, agent: Arc<Agent>) -> Action {
         }
         Err(ReconcileError::Api(error)) if is_conflict(&error) => {
             // Somebody wrote meanwhile: read and plan again, nothing failed.
-            Action::requeue(Duration::from_millis(50))
+            Action::requeue(SOON)
         }
         Err(error) => {
             let action = walk.failed(&uid, &error);
@@ -93,6 +96,7 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
         vm: None,
         device: None,
         turn: None,
+        gates_closed: false,
     }))
 }
 
@@ -110,6 +114,8 @@ struct Walk {
     device: Option<DeviceStatus>,
     /// The VM's turn, from choosing a port until the device is in it.
     turn: Option<OwnedMutexGuard<()>>,
+    /// What the attachment had opened was closed in this walk.
+    gates_closed: bool,
 }
 
 impl Walk {
@@ -201,9 +207,12 @@ impl Walk {
             }
             Step::ForgetAttachment => self.forget_attachment().await?,
             Step::Lose(wait) => {
-                self.report(&Outcome::NotAttached(wait.clone())).await?;
-                self.claim = self.api.get(&self.claim.name_any()).await?;
+                // First, so that nothing is ever added by what was recorded of a lost VF.
                 self.forget_attachment().await?;
+                return Ok(Some(End {
+                    outcome: Some(Outcome::NotAttached(wait.clone())),
+                    next: Action::requeue(SOON),
+                }));
             }
             Step::Unplug => {
                 let vm = self.vm()?;
@@ -214,10 +223,8 @@ impl Walk {
             }
             Step::Clean => self.clean().await?,
             Step::ClearDevice => {
-                let claim = release::clear_device(&self.api, &self.claim).await?;
-                self.renew(claim)?;
-                listen::prune(&self.agent);
-                self.agent.tell_pool_changed();
+                self.close_what_is_open().await?;
+                self.clear_device().await?;
             }
         }
         Ok(None)
@@ -341,6 +348,25 @@ impl Walk {
         .await?)
     }
 
+    /// Before the claim forgets where its attachment was. A VF that was cleaned in this walk
+    /// had its gates closed first.
+    async fn close_what_is_open(&mut self) -> Result<(), ReconcileError> {
+        if self.facts().attachment && !self.gates_closed {
+            self.take_vm_turn().await;
+            release::close_gates(&self.agent, &self.claim).await?;
+            self.turn = None;
+        }
+        Ok(())
+    }
+
+    async fn clear_device(&mut self) -> Result<(), ReconcileError> {
+        let claim = release::clear_device(&self.api, &self.claim).await?;
+        self.renew(claim)?;
+        listen::prune(&self.agent);
+        self.agent.tell_pool_changed();
+        Ok(())
+    }
+
     async fn forget_attachment(&mut self) -> Result<(), ReconcileError> {
         self.take_vm_turn().await;
         release::close_gates(&self.agent, &self.claim).await?;
@@ -369,6 +395,15 @@ impl Walk {
         self.take_vm_turn().await;
         let vm = self.vm()?;
         let device = self.known_device().await?;
+        let recorded = self.recorded_device()?.pci_address.as_ref();
+        if recorded.is_some_and(|known| device.pci_address.as_ref() != Some(known)) {
+            // The host renumbered it, and a claim's device does not change: it is given up
+            // for another, or for itself.
+            self.device = None;
+            self.seen = Seen::default();
+            self.clear_device().await?;
+            return Ok(None);
+        }
         match attach::record(&self.agent, &self.api, &self.claim, &vm, &device).await? {
             Ok(claim) => {
                 self.renew(claim)?;
@@ -380,6 +415,11 @@ impl Walk {
 
     async fn plug(&mut self) -> Result<Option<End>, ReconcileError> {
         self.take_vm_turn().await;
+        if self.known_device().await? != *self.recorded_device()? {
+            // Its VFs were made anew since: the recorded group may be another's by now.
+            self.forget_attachment().await?;
+            return Ok(None);
+        }
         let vm = self.vm()?;
         let plugged = attach::plug(&self.agent, &self.claim, &vm).await?;
         self.turn = None;
@@ -393,6 +433,7 @@ impl Walk {
     async fn clean(&mut self) -> Result<(), ReconcileError> {
         self.take_vm_turn().await;
         release::close_gates(&self.agent, &self.claim).await?;
+        self.gates_closed = true;
         self.turn = None;
         let device = self.recorded_device()?.clone();
         let _turn = self.agent.pf_turns.take(&device.physical_function).await;

@@ -81,7 +81,7 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
             let message = format!("the VM has the VF at PCI address {}", device.pci_address);
             vec![
                 allocated,
-                not(type_::PREPARED, wait),
+                prepared,
                 done(type_::ATTACHED, reason::ATTACHED, &message),
                 not(type_::READY, wait),
             ]
@@ -125,5 +125,22 @@ mod tests {
         assert_eq!(of(type_::READY).reason, "NoFreePCIePort");
         assert_eq!(of(type_::READY).status, ConditionStatus::False);
         assert_eq!(of(type_::PREPARED).status, ConditionStatus::True);
+    }
+
+    #[test]
+    fn a_degraded_claim_is_attached_and_not_ready() {
+        let device = GuestDevice {
+            pci_address: "0000:05:00.0".into(),
+            mac_address: "02:00:00:00:00:01".into(),
+        };
+        let wait = Wait {
+            reason: reason::DEGRADED,
+            message: "the VLAN is gone".into(),
+        };
+        let said = conditions(&Outcome::Degraded(device, wait));
+        let of = |type_| said.iter().find(|c| c.type_ == type_).unwrap();
+        assert_eq!(of(type_::ATTACHED).status, ConditionStatus::True);
+        assert_eq!(of(type_::READY).status, ConditionStatus::False);
+        assert_eq!(of(type_::READY).reason, "Degraded");
     }
 }

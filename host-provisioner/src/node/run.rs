@@ -23,12 +23,12 @@ use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::agent::{Agent, SharedLedger, Turns};
+use super::agent::{Agent, Recent, SharedLedger, Turns};
 use super::listen::Listeners;
 use super::lock::{AgentLock, LockError};
 use super::sessions::Sessions;
 use super::vf::VfError;
-use super::{gone, hold, publish, reconcile};
+use super::{gone, hold, publish, qemu, reconcile};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
@@ -103,9 +103,7 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
     claims(&agent, &args, wakes, stop).await;
     let thread = |e: tokio::task::JoinError| NodeError::Thread(e.to_string());
     publisher.await.map_err(thread)?;
-    if let Err(error) = holder.await.map_err(thread)? {
-        tracing::error!(%error, "what the kernel changed was not listened to");
-    }
+    holder.await.map_err(thread)?;
     drop(endpoint);
     Ok(())
 }
@@ -137,6 +135,7 @@ async fn build(
         hypervisor: Arc::new(QmpHypervisor::new(args.qmp_socket.clone())),
         sessions: Sessions::default(),
         listeners: Listeners::default(),
+        recent: Recent::default(),
         gates: Arc::new(gates),
         proc: Proc::new("/proc"),
         reserved_ports: args.reserved_ports,
@@ -214,9 +213,13 @@ async fn fill_ledger(agent: &Agent) -> Result<(), NodeError> {
 async fn recover_gates(agent: &Arc<Agent>) -> Result<(), NodeError> {
     let shared = Arc::clone(agent);
     let recovered = tokio::task::spawn_blocking(move || {
-        shared
-            .gates
-            .recover(&|journal| shared.ledger.lock().attached_in(&journal.pod_uid) > 0)
+        let runtime = tokio::runtime::Handle::current();
+        shared.gates.recover(&|journal| {
+            let pod_uid = &journal.pod_uid;
+            let attached = shared.ledger.lock().attached_in(pod_uid) > 0;
+            // A claim may have been torn off a device that is still in use.
+            attached || runtime.block_on(qemu::may_have_ours(&shared, pod_uid))
+        })
     })
     .await
     .map_err(|e| NodeError::Thread(e.to_string()))??;

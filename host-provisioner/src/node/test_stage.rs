@@ -17,7 +17,7 @@ use serde_json::json;
 use test_apiserver::TestApiServer;
 use tokio::sync::{mpsc, watch};
 
-use super::agent::{Agent, SharedLedger, Turns};
+use super::agent::{Agent, Recent, SharedLedger, Turns};
 use super::inventory;
 use super::listen::Listeners;
 use super::sessions::Sessions;
@@ -113,6 +113,7 @@ impl Stage {
             hypervisor: Arc::new(NoVm),
             sessions: Sessions::default(),
             listeners: Listeners::default(),
+            recent: Recent::default(),
             gates: Arc::new(NoVm),
             proc: Proc::new(proc.path()),
             reserved_ports: 2,

@@ -80,10 +80,13 @@ fn a_drift_says_what_was_done_and_whether_it_is_a_breach() {
     };
     let drift = Drift::of(true, &GRANTED, bare).unwrap();
     assert!(drift.is_breach());
-    assert!(drift.to_string().contains("changed its VLAN"), "{drift}");
+    assert!(
+        drift.to_string().contains("its VLAN was not as granted"),
+        "{drift}"
+    );
     let down = Drift::of(false, &GRANTED, GRANTED).unwrap();
     assert!(!down.is_breach());
-    assert!(down.to_string().contains("taken down"), "{down}");
+    assert!(down.to_string().contains("was down"), "{down}");
     let mac = VfConfig {
         mac: MacAddr([2, 0, 0, 0, 0, 9]),
         ..GRANTED
@@ -128,6 +131,7 @@ async fn a_change_of_the_kernel_wakes_the_claim_that_it_disturbs() {
     stage.kernel.announce(&Change::Interface("ens1f0".into()));
     let woken = stage.wakes.recv().await.unwrap();
     assert_eq!(woken.name, "claim-1");
+    assert_eq!(woken.extra.uid.as_deref(), Some("claim-1"));
     stage.kernel.give_vfs(pf, 0);
     stage.kernel.announce(&Change::Anything);
     let mut both = [
@@ -137,5 +141,5 @@ async fn a_change_of_the_kernel_wakes_the_claim_that_it_disturbs() {
     both.sort();
     assert_eq!(both, ["claim-0", "claim-1"]);
     stop.cancel();
-    held.await.unwrap().unwrap();
+    held.await.unwrap();
 }

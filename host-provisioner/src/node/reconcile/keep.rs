@@ -43,7 +43,7 @@ impl Walk {
                 Ok(None)
             }
             // The guest has its device; whether that does what was granted is not known.
-            Err(error) => Ok(Some(self.degraded(&error.to_string()))),
+            Err(error) => Ok(Some(self.degraded(&error.to_string()).await)),
         }
     }
 
@@ -75,40 +75,45 @@ impl Walk {
             Ok(()) => {
                 let note = format!("the VF is served as granted again: {drift}");
                 let on = self.claim.object_ref(&());
-                let events = &self.agent.events;
-                events.warning(&on, "Repair", reason::REPAIRED, &note).await;
+                let said = format!("repaired {}", self.uid());
+                if !self.agent.recent.just_did(said) {
+                    let events = &self.agent.events;
+                    events.warning(&on, "Repair", reason::REPAIRED, &note).await;
+                }
                 self.seen.service = Some(Service::AsGranted);
                 return Ok(None);
             }
             Err(error) => error,
         };
         if !drift.is_breach() {
-            return Ok(Some(self.degraded(&format!(
-                "{drift}, and it cannot be repaired: {error}"
-            ))));
+            let why = format!("{drift}, and it cannot be repaired: {error}");
+            return Ok(Some(self.degraded(&why).await));
         }
         let why = format!(
             "{drift}, and it cannot be repaired: {error}; the device is taken out of the VM until it can"
         );
+        if self.agent.recent.just_did(format!("unplug {}", self.uid())) {
+            return Ok(Some(self.degraded(&why).await));
+        }
         let vm = self.vm()?;
         Ok(Some(match release::unplug(&self.claim, &vm).await? {
             Ok(()) => self.wait(Wait {
                 reason: reason::DEGRADED,
                 message: why,
             }),
-            Err(pending) => self.degraded(&format!("{why}. {}", pending.message)),
+            Err(pending) => self.degraded(&format!("{why}. {}", pending.message)).await,
         }))
     }
 
     /// The guest keeps its device, and the claim says what is wrong with it.
-    fn degraded(&self, message: &str) -> End {
+    async fn degraded(&self, message: &str) -> End {
         let wait = Wait {
             reason: reason::DEGRADED,
             message: message.to_owned(),
         };
         End {
             outcome: Some(self.unknown(wait)),
-            next: Action::requeue(WAITING),
+            next: Action::requeue(self.keep().await.min(WAITING)),
         }
     }
 
@@ -121,6 +126,10 @@ impl Walk {
             }
             _ => self.outcome(wait),
         }
+    }
+
+    fn uid(&self) -> &str {
+        self.claim.metadata.uid.as_deref().unwrap_or_default()
     }
 
     fn reported(&self) -> Option<GuestDevice> {
