@@ -58,8 +58,6 @@ pub fn unit(paths: &Paths) -> Result<Count> {
             .args(["test", "--workspace", "--no-fail-fast", "--color=never"])
             .cwd(paths.source())
             .env("KUBEBUILDER_ASSETS", tools::assets(paths))
-            // Most of the long ones wait for API servers, not for a core.
-            .env("RUST_TEST_THREADS", "4")
             .stdout_file(&log)
             .timeout(UNIT)
             .status()

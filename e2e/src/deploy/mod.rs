@@ -112,7 +112,10 @@ async fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
     let l1 = machine::find(dc)?.l1().clone();
     let image = &images.host_provisioner;
     step.note(format!("{} into L1", image.name()));
-    let known = l1.ok("ctr -n k8s.io images ls -q").await?.text();
+    let known = l1
+        .ok("ctr --connect-timeout 60s -n k8s.io images ls -q")
+        .await?
+        .text();
     if !known.lines().any(|l| l == image.name()) {
         l1.import_image(&image.archive).await?;
     }

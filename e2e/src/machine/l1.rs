@@ -94,7 +94,7 @@ impl L1 {
     /// Puts a container image archive into the node's containerd.
     pub async fn import_image(&self, archive: &Path) -> Result<()> {
         let place = self.bring(archive)?;
-        let command = format!("ctr -n k8s.io images import {place}");
+        let command = format!("ctr --connect-timeout 60s -n k8s.io images import {place}");
         self.run_with(&command, &[], Duration::from_secs(300))
             .await?
             .ok(&command)?;
@@ -243,7 +243,7 @@ pub(super) async fn join(l1: &L1, host: &Cluster) -> Result<()> {
 /// Images that the machine image brings along for every node.
 /// Nothing is to be done on a machine that has joined.
 pub(super) const IMPORT: &str = "test -e /etc/kubernetes/kubelet.conf && exit; for f in /usr/lib/harness/images/*.tar; do \
-     ctr -n k8s.io images import $f || exit; done";
+     ctr --connect-timeout 60s -n k8s.io images import $f || exit; done";
 
 /// Does nothing on a machine that has joined.
 pub(super) fn join_command(join: &Join, node: &str) -> String {

@@ -10,7 +10,10 @@ use super::lab::Lab;
 const UNIT: &str = "e2e-hold";
 
 /// The groups are held until [`OthersHold::end`], or until the laboratory is tidied.
-pub struct OthersHold;
+pub struct OthersHold {
+    /// The VFs that it bound to vfio-pci for that.
+    bound: Vec<String>,
+}
 
 impl OthersHold {
     /// Holds every VF of the wired PF.
@@ -31,6 +34,7 @@ impl OthersHold {
         );
         sh(l1, &create).await?;
         let mut groups = Vec::new();
+        let mut bound = Vec::new();
         for vf in l1::pf(l1, &lab.wired.address).await?.vfs {
             if Some(vf.address.as_str()) == but {
                 continue;
@@ -42,6 +46,9 @@ impl OthersHold {
 echo >/sys/bus/pci/devices/{a}/driver_override"
             );
             sh(l1, &bind).await?;
+            if vf.driver.is_none() {
+                bound.push(vf.address.clone());
+            }
             groups.push(
                 vf.group
                     .with_context(|| format!("{a} has no IOMMU group"))?,
@@ -65,12 +72,16 @@ bash -uc 'hold() {{
             opens.join("; ")
         );
         sh(l1, &script).await.context("holding the groups")?;
-        Ok(Self)
+        Ok(Self { bound })
     }
 
-    /// Lets go.
+    /// Lets go, and leaves the VFs as they were.
     pub async fn end(self, lab: &Lab<'_>) -> Result<()> {
-        sh(&lab.l1, &format!("systemctl stop {UNIT}")).await?;
+        let script = format!(
+            "systemctl stop {UNIT}; for a in {}; do echo $a >/sys/bus/pci/drivers/vfio-pci/unbind; done",
+            self.bound.join(" ")
+        );
+        sh(&lab.l1, &script).await?;
         Ok(())
     }
 }
