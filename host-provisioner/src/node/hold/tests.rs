@@ -1,5 +1,8 @@
 use std::collections::BTreeMap;
 
+use common::api::VFClaim;
+use kube::runtime::reflector::ObjectRef;
+
 use super::*;
 use crate::kernel::{MacAddr, VlanTag};
 use crate::node::ledger::VfKey;
@@ -95,6 +98,11 @@ fn a_drift_says_what_was_done_and_whether_it_is_a_breach() {
     assert_eq!(Drift::of(true, &GRANTED, GRANTED), None);
 }
 
+async fn next(stage: &mut Stage) -> ObjectRef<VFClaim> {
+    let woken = tokio::time::timeout(Duration::from_secs(20), stage.wakes.recv());
+    woken.await.expect("nobody was woken").unwrap()
+}
+
 /// A kernel that tells of a change wakes the claim whose VF is not as granted, and no other.
 #[tokio::test]
 async fn a_change_of_the_kernel_wakes_the_claim_that_it_disturbs() {
@@ -129,15 +137,12 @@ async fn a_change_of_the_kernel_wakes_the_claim_that_it_disturbs() {
     assert!(stage.wakes.try_recv().is_err(), "all was as granted");
     stage.kernel.give_config(vf, VfConfig::CLEAN);
     stage.kernel.announce(&Change::Interface("ens1f0".into()));
-    let woken = stage.wakes.recv().await.unwrap();
+    let woken = next(&mut stage).await;
     assert_eq!(woken.name, "claim-1");
     assert_eq!(woken.extra.uid.as_deref(), Some("claim-1"));
     stage.kernel.give_vfs(pf, 0);
     stage.kernel.announce(&Change::Anything);
-    let mut both = [
-        stage.wakes.recv().await.unwrap().name,
-        stage.wakes.recv().await.unwrap().name,
-    ];
+    let mut both = [next(&mut stage).await.name, next(&mut stage).await.name];
     both.sort();
     assert_eq!(both, ["claim-0", "claim-1"]);
     stop.cancel();
