@@ -115,13 +115,6 @@ impl FakeKernel {
         }
     }
 
-    /// Takes the PF's interface down behind everybody's back.
-    pub fn take_down(&self, pf: PciAddress) {
-        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
-            pf.facts.up = false;
-        }
-    }
-
     /// Gives the PF another number of VFs behind everybody's back, whoever uses them.
     pub fn give_vfs(&self, pf: PciAddress, count: u16) {
         self.lock().resize(pf, count);

@@ -223,7 +223,7 @@ impl Walk {
             }
             Step::Clean => self.clean().await?,
             Step::ClearDevice => {
-                self.close_what_is_open().await?;
+                self.close_gates().await?;
                 self.clear_device().await?;
             }
         }
@@ -348,12 +348,12 @@ impl Walk {
         .await?)
     }
 
-    /// Before the claim forgets where its attachment was. A VF that was cleaned in this walk
-    /// had its gates closed first.
-    async fn close_what_is_open(&mut self) -> Result<(), ReconcileError> {
+    /// Before the claim forgets where its attachment was; once in a walk.
+    async fn close_gates(&mut self) -> Result<(), ReconcileError> {
         if self.facts().attachment && !self.gates_closed {
             self.take_vm_turn().await;
             release::close_gates(&self.agent, &self.claim).await?;
+            self.gates_closed = true;
             self.turn = None;
         }
         Ok(())
@@ -431,10 +431,7 @@ impl Walk {
     }
 
     async fn clean(&mut self) -> Result<(), ReconcileError> {
-        self.take_vm_turn().await;
-        release::close_gates(&self.agent, &self.claim).await?;
-        self.gates_closed = true;
-        self.turn = None;
+        self.close_gates().await?;
         let device = self.recorded_device()?.clone();
         let _turn = self.agent.pf_turns.take(&device.physical_function).await;
         let pf = self.pf().await?;
