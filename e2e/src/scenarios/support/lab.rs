@@ -142,7 +142,7 @@ impl<'a> Lab<'a> {
 for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; true";
         let holders = format!(
             "systemctl stop 'e2e-*'; rm -f /run/e2e-*; {}",
-            stops::DISARM
+            stops::disarm()
         );
         tokio::try_join!(sh(&self.l2, units), sh(&self.l1, &holders))?;
         claims::remove_all(self).await?;

@@ -77,12 +77,21 @@ impl Part {
         }
     }
 
+    /// A script that runs `each` with every process of its in turn as `/proc/PID` in `$p`;
+    /// one that ended meanwhile is no error.
+    pub(super) fn each_process(self, each: &str) -> String {
+        format!(
+            "for p in /proc/[0-9]*; do [[ $(<$p/comm) == {} ]] || continue
+{each}; done 2>/dev/null; true",
+            self.process()
+        )
+    }
+
     /// SIGKILL to its processes, on the node they run on.
     pub async fn kill(self, lab: &Lab<'_>) -> Result<()> {
         let script = format!(
-            "n=0; for p in /proc/[0-9]*; do
-[[ $(<$p/comm) == {} ]] && kill -KILL ${{p#/proc/}} && ((++n)); done 2>/dev/null; echo $n",
-            self.process()
+            "n=0; {}; echo $n",
+            self.each_process("kill -KILL ${p#/proc/} && ((++n))")
         );
         let killed = match self {
             Self::Agent => sh(&lab.l1, &script).await?,

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::far::{self, sh};
 use super::lab::Lab;
+use super::pods::Part;
 use super::{Claim, l1};
 use crate::wait::{self, Probe};
 
@@ -217,8 +218,9 @@ pub async fn arm(lab: &Lab<'_>, name: &str) -> Result<()> {
 pub async fn stopped(lab: &Lab<'_>, name: &str) -> Result<()> {
     let script = format!(
         "[[ -e {FOLDER}/{name} ]] && {{ echo not reached; exit; }}
-for p in /proc/[0-9]*; do [[ $(<$p/comm) == host-provisione ]] || continue
-while read -r k v _; do [[ $k == State: ]] && echo $v; done <$p/status; done 2>/dev/null"
+{}",
+        Part::Agent
+            .each_process("while read -r k v _; do [[ $k == State: ]] && echo $v; done <$p/status")
     );
     let what = format!("the agent to stop at point {name}");
     wait::until(&what, REACH, EVERY, || async {
@@ -233,13 +235,15 @@ while read -r k v _; do [[ $k == State: ]] && echo $v; done <$p/status; done 2>/
     .with_context(|| format!("point {name}"))
 }
 
-/// Lets an agent that has stopped go on, and takes away what is armed.
-pub const DISARM: &str = "rm -f /run/vf-provisioner/points/*
-for p in /proc/[0-9]*; do [[ $(<$p/comm) == host-provisione ]] && kill -CONT ${p#/proc/}; done 2>/dev/null; true";
+/// A script that lets an agent that has stopped go on, and takes away what is armed.
+pub(super) fn disarm() -> String {
+    let go_on = Part::Agent.each_process("kill -CONT ${p#/proc/}");
+    format!("rm -f {FOLDER}/*\n{go_on}")
+}
 
 /// Does so.
 pub async fn go_on(lab: &Lab<'_>) -> Result<()> {
-    sh(&lab.l1, DISARM).await.map(drop)
+    sh(&lab.l1, &disarm()).await.map(drop)
 }
 
 #[cfg(test)]
