@@ -1,5 +1,8 @@
 //! The command line of `host-provisioner`. No work is done here.
 
+use std::path::PathBuf;
+
+use crate::kernel::helper;
 use crate::node::NodeArgs;
 use clap::{Args, Parser, Subcommand};
 use common::cli::{HttpArgs, KubeArgs, LeaderElectionArgs, LogArgs, RetryArgs};
@@ -20,6 +23,20 @@ pub enum Command {
     Controller(ControllerArgs),
     /// Create VFs on this host node and plug them into its VMs; one on each node.
     Node(NodeArgs),
+    /// The node agent's own: makes one write that may not come back.
+    #[command(name = helper::SUBCOMMAND, hide = true)]
+    KernelWrite(KernelWriteArgs),
+}
+
+/// Arguments of the helper.
+#[derive(Args, Clone, Debug)]
+pub struct KernelWriteArgs {
+    /// Cgroup to move into first.
+    pub cgroup: PathBuf,
+    /// File to write to.
+    pub path: PathBuf,
+    /// What to write, in one write.
+    pub text: String,
 }
 
 /// Flags of `host-provisioner controller`.

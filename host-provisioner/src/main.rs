@@ -11,12 +11,20 @@ use common::kube::{KubeClient, LeaderConfig, install_crypto, run_as_leader};
 use common::telemetry::{self, Health};
 use host_provisioner::cli::{Cli, Command, ControllerArgs};
 use host_provisioner::controller::{self, Settings};
+use host_provisioner::kernel::helper;
 use host_provisioner::node;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::KernelWrite(args) = &cli.command {
+        // Nothing of the program is needed for it, and nothing is to hold it up.
+        return match helper::run(&args.cgroup, &args.path, &args.text) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     if let Err(error) = telemetry::init_logs(&cli.log) {
         eprintln!("host-provisioner: {error}");
         return ExitCode::FAILURE;
@@ -41,6 +49,7 @@ fn start(command: Command) -> anyhow::Result<()> {
         match command {
             Command::Controller(args) => run_controller(args, stop).await,
             Command::Node(args) => Ok(node::run(args, stop).await?),
+            Command::KernelWrite(_) => bail!("a helper has no runtime"),
         }
     })
 }

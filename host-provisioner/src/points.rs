@@ -56,6 +56,8 @@ pub enum Point {
     GatesClosed,
     /// The VF has been reset and has no settings; it is on vfio-pci yet.
     Reset,
+    /// Its group is open to anybody for a moment: a held one cannot be taken from vfio-pci.
+    LetGo,
     /// The VF has no driver.
     Unbound,
     /// The claim records no VF any more.

@@ -27,6 +27,7 @@ pub mod reason {
     pub const ADMITTED: &str = "Admitted";
     pub const ALLOCATED: &str = "Allocated";
     pub const ATTACHED: &str = "Attached";
+    pub const BROKEN: &str = "Broken";
     pub const CLASS_NOT_ALLOWED: &str = "ClassNotAllowed";
     pub const CLASS_NOT_FOUND: &str = "ClassNotFound";
     pub const CONFLICT: &str = "Conflict";

@@ -117,6 +117,8 @@ pub struct VfCounts {
     pub attached: u16,
     #[serde(default)]
     pub foreign: u16,
+    #[serde(default)]
+    pub broken: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -143,6 +145,8 @@ pub enum VfState {
     /// No claim names it but somebody holds it, or another driver has it, or
     /// its IOMMU group has a stranger: never used.
     Foreign,
+    /// The kernel has not come back from a write about it: nobody gets it until it has.
+    Broken,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -53,7 +53,7 @@ const PLUGGING: [Cycle; 7] = [
     ("journal-written", Some("reset")),
     ("memlock-raised", Some("unbound")),
     ("rules-set", Some("device-cleared")),
-    ("nodes-made", None),
+    ("nodes-made", Some("let-go")),
     ("device-added", None),
     ("group-closed", None),
     ("guest-configured", None),

@@ -6,7 +6,9 @@
 mod clusters;
 mod gates;
 mod holds;
+mod hostile;
 mod killed;
+mod outages;
 mod real;
 mod refusals;
 mod release;
@@ -81,8 +83,10 @@ pub fn all() -> Vec<Scenario> {
         refusals::scenarios,
         gates::scenarios,
         holds::scenarios,
+        hostile::scenarios,
         restarts::scenarios,
         killed::scenarios,
+        outages::scenarios,
     ] {
         all.extend(theme());
     }

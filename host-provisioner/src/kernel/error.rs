@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use common::pci::PciAddress;
 use thiserror::Error;
 
+use super::Stuck;
+
 /// A failed question or order to the kernel.
 #[derive(Debug, Error)]
 pub enum KernelError {
@@ -63,6 +65,18 @@ pub enum KernelError {
         setting: &'static str,
         wanted: String,
         got: String,
+    },
+    /// A write that waits in the kernel for whoever uses the device.
+    #[error(
+        "the kernel has not come back from a write about {function}: it waits for whoever uses that device (process {} of the host waits for it)",
+        .stuck.pid
+    )]
+    Stuck { function: PciAddress, stuck: Stuck },
+    /// The process that was to make a write did not come to it.
+    #[error("the helper that writes to {function}: {detail}")]
+    Helper {
+        function: PciAddress,
+        detail: String,
     },
     #[error("{what} did not come within {millis} ms")]
     Timeout { what: String, millis: u128 },

@@ -9,6 +9,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +18,8 @@ use common::pci::{PciAddress, PciId};
 
 use super::netlink::VfSetting;
 use super::{
-    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, VFIO_PCI,
-    VfConfig, VfFacts, Watcher,
+    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, Stuck,
+    VFIO_PCI, VfConfig, VfFacts, Watcher,
 };
 
 use state::State;
@@ -118,6 +119,22 @@ impl FakeKernel {
     /// Gives the PF another number of VFs behind everybody's back, whoever uses them.
     pub fn give_vfs(&self, pf: PciAddress, count: u16) {
         self.lock().resize(pf, count);
+    }
+
+    /// A write about this function does not come back, or does so now.
+    pub fn stick(&self, function: PciAddress, stuck: bool) {
+        let mut state = self.lock();
+        if stuck {
+            state.stuck.insert(function, Stuck { pid: 4711 });
+        } else {
+            state.stuck.remove(&function);
+        }
+    }
+
+    /// The next unbinding finds that somebody has taken the VF a moment before: it waits in
+    /// the kernel, which shows no driver any more, until [`FakeKernel::stick`] ends it.
+    pub fn stick_at_unbind(&self) {
+        self.lock().stick_at_unbind = true;
     }
 
     /// How many watch.
@@ -349,7 +366,21 @@ impl Kernel for FakeKernel {
         state.note_use(vf, "unbind");
         state.vf(vf)?.facts.driver = None;
         state.writes.push(Write::Unbind(vf));
+        if std::mem::take(&mut state.stick_at_unbind) {
+            let stuck = Stuck { pid: 4711 };
+            state.stuck.insert(vf, stuck);
+            return Err(KernelError::Stuck {
+                function: vf,
+                stuck,
+            });
+        }
         Ok(())
+    }
+
+    fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError> {
+        let mut state = self.lock();
+        state.due_failure("stuck", "/sys/fs/cgroup/vf-provisioner")?;
+        Ok(state.stuck.clone())
     }
 
     fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError> {
@@ -368,6 +399,10 @@ impl Kernel for FakeKernel {
     fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError> {
         let mut state = self.lock();
         state.due_failure("hold_group", &format!("/dev/vfio/{group}"))?;
+        // It keeps its node until its last device has left, and that waits for the user.
+        if state.group_stuck(group) {
+            return Err(HoldError::Busy { group });
+        }
         if !state.group_on_vfio(group) {
             return Err(HoldError::NoDevice { group });
         }

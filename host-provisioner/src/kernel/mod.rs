@@ -10,6 +10,7 @@ mod config_space;
 mod error;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
+pub mod helper;
 mod host_use;
 mod netlink;
 mod real;
@@ -17,10 +18,13 @@ mod sysfs;
 mod types;
 mod vfio;
 
+use std::collections::BTreeMap;
+
 use common::pci::PciAddress;
 
 pub use changes::{Change, Watcher};
 pub use error::{HoldError, KernelError};
+pub use helper::{Helpers, Stuck};
 pub use real::RealKernel;
 pub use types::{
     MacAddr, MacError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig, VfFacts, VlanTag,
@@ -77,7 +81,13 @@ pub trait Kernel: Send + Sync + 'static {
 
     /// Leaves the VF without a driver. The caller has proven that nobody uses
     /// it: unbinding a vfio device in use waits, uninterruptible, for its user.
+    /// If somebody has taken it all the same, the write is left waiting and the
+    /// answer is [`KernelError::Stuck`].
     fn unbind(&self, vf: PciAddress) -> Result<(), KernelError>;
+
+    /// The functions about which a write has not come back, PFs and VFs. What the kernel
+    /// shows of one is not what there is, and nothing about it may be decided or written.
+    fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError>;
 
     /// Function level reset. The caller holds the VF's group.
     fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError>;

@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,13 +15,16 @@ use common::pci::{PciAddress, PciId};
 use super::netlink::{NetUse, Netlink, RtNetlink, VfSetting};
 use super::sysfs::{Attributes, Files, Sysfs};
 use super::{
-    GroupHold, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig,
-    VfFacts, Watcher, changes, config_space, host_use, sysfs, vfio,
+    GroupHold, Helpers, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, Stuck, VFIO_PCI,
+    VfConfig, VfFacts, Watcher, changes, config_space, host_use, sysfs, vfio,
 };
 
 /// Enabling VFs sleeps 100 ms in the kernel and disabling 1 s (drivers/pci/iov.c);
 /// their links follow when udev and the driver core have run.
 const VF_LINKS: Duration = Duration::from_secs(10);
+
+/// Longest that the making of VFs is waited for: a card's firmware may make one after another.
+const NUM_VFS: Duration = Duration::from_secs(180);
 
 /// [`Kernel`] on the real thing.
 #[derive(Clone, Debug)]
@@ -29,6 +33,7 @@ pub struct RealKernel {
     netlink: Arc<dyn Netlink>,
     attributes: Arc<dyn Attributes>,
     openings: vfio::Openings,
+    helpers: Option<Helpers>,
 }
 
 impl RealKernel {
@@ -40,6 +45,16 @@ impl RealKernel {
             netlink: Arc::new(RtNetlink),
             attributes: Arc::new(Files),
             openings: vfio::Openings::default(),
+            helpers: None,
+        }
+    }
+
+    /// As it is, but writes that may not come back are made by helpers.
+    #[must_use]
+    pub fn with_helpers(self, helpers: Helpers) -> Self {
+        Self {
+            helpers: Some(helpers),
+            ..self
         }
     }
 
@@ -47,6 +62,7 @@ impl RealKernel {
         Sysfs {
             root: &self.roots.sys,
             attributes: self.attributes.as_ref(),
+            helpers: self.helpers.as_ref(),
         }
     }
 
@@ -218,13 +234,15 @@ impl Kernel for RealKernel {
     fn set_num_vfs(&self, pf: PciAddress, count: u16) -> Result<(), KernelError> {
         let device = self.pf_device(pf)?;
         let numvfs = device.join("sriov_numvfs");
+        self.sysfs().not_stuck(pf)?;
         if count > 0 {
             // Else the host's own VF driver takes each one, and gives it an interface.
             self.sysfs()
                 .write(&device.join("sriov_drivers_autoprobe"), "0")?;
         }
         if sysfs::parse::<u16>(&numvfs, "a number of VFs")? != count {
-            self.sysfs().write(&numvfs, &count.to_string())?;
+            self.sysfs()
+                .write_apart(pf, &numvfs, &count.to_string(), NUM_VFS)?;
         }
         let got = sysfs::parse(&numvfs, "a number of VFs")?;
         if got != count {
@@ -294,8 +312,17 @@ impl Kernel for RealKernel {
         vfio::unbind(self.sysfs(), vf)
     }
 
+    fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError> {
+        match &self.helpers {
+            Some(helpers) => helpers.stuck(),
+            None => Ok(BTreeMap::new()),
+        }
+    }
+
     fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError> {
         vfio::must_be_vf(self.sysfs(), vf)?;
+        // It would wait behind the other write, for the device's lock.
+        self.sysfs().not_stuck(vf)?;
         self.sysfs().write(&self.device(vf).join("reset"), "1")
     }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::pci::PciAddress;
 
-use super::KernelError;
+use super::{Helpers, KernelError};
 
 /// Between two looks at a file for which sysfs sends no event: inotify does not
 /// see what the kernel itself does in sysfs.
@@ -63,6 +63,8 @@ impl Attributes for Files {
 pub(super) struct Sysfs<'a> {
     pub root: &'a Path,
     pub attributes: &'a dyn Attributes,
+    /// Who makes the writes that may not come back; they are made here without.
+    pub helpers: Option<&'a Helpers>,
 }
 
 impl Sysfs<'_> {
@@ -75,6 +77,27 @@ impl Sysfs<'_> {
         self.attributes
             .put(path, text)
             .map_err(|source| KernelError::file(format!("write {text:?} to"), path, source))
+    }
+
+    /// As [`Self::write`], where the kernel may wait for whoever uses `function`: no longer
+    /// than `limit` if there are helpers.
+    pub(super) fn write_apart(
+        &self,
+        function: PciAddress,
+        path: &Path,
+        text: &str,
+        limit: Duration,
+    ) -> Result<(), KernelError> {
+        match self.helpers {
+            Some(helpers) => helpers.write(function, path, text, limit),
+            None => self.write(path, text),
+        }
+    }
+
+    /// An error when a write about `function` has not come back.
+    pub(super) fn not_stuck(&self, function: PciAddress) -> Result<(), KernelError> {
+        self.helpers
+            .map_or(Ok(()), |helpers| helpers.check(function))
     }
 }
 

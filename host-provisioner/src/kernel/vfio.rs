@@ -7,10 +7,15 @@ use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use common::pci::PciAddress;
 
 use super::{HoldError, KernelError, VFIO_PCI, sysfs, sysfs::Sysfs};
+
+/// An unbind that nobody keeps takes a function reset at most (drivers/vfio/pci,
+/// `vfio_pci_core_unregister_device`).
+const UNBIND: Duration = Duration::from_secs(10);
 
 /// An open vfio group: nobody else can open it until this is dropped.
 pub struct GroupHold {
@@ -108,6 +113,7 @@ pub(super) fn must_be_vf(sys: Sysfs<'_>, address: PciAddress) -> Result<(), Kern
 /// would claim every device of that id.
 pub(super) fn bind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
     must_be_vf(sys, vf)?;
+    sys.not_stuck(vf)?;
     match driver(sys, vf)? {
         Some(name) if name == VFIO_PCI => return Ok(()),
         Some(name) => {
@@ -144,11 +150,12 @@ fn clear_override(sys: Sysfs<'_>, over: &Path) -> Result<(), KernelError> {
 /// Takes the driver off; no-op without one.
 pub(super) fn unbind(sys: Sysfs<'_>, vf: PciAddress) -> Result<(), KernelError> {
     must_be_vf(sys, vf)?;
+    sys.not_stuck(vf)?;
     if driver(sys, vf)?.is_none() {
         return Ok(());
     }
     let device = sys.device(vf);
-    sys.write(&device.join("driver/unbind"), &vf.to_string())?;
+    sys.write_apart(vf, &device.join("driver/unbind"), &vf.to_string(), UNBIND)?;
     clear_override(sys, &device.join("driver_override"))?;
     match driver(sys, vf)? {
         None => Ok(()),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use common::api::{DeviceStatus, VFClaim, reason};
 use common::kube::status;
+use common::pci::PciAddress;
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Resource as _};
 use serde_json::json;
@@ -17,7 +18,7 @@ use super::ledger::Ledger;
 use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::vf::{self, VfError};
-use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, VfFacts};
+use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, Stuck, VfFacts};
 use crate::points::{Point, reach};
 
 /// A PF with its VFs as the kernel has them.
@@ -29,6 +30,8 @@ pub struct PfSnapshot {
     pub vfs: Vec<VfFacts>,
     pub probes: BTreeMap<u32, GroupProbe>,
     pub macs: BTreeMap<u16, MacAddr>,
+    /// Functions of the node about which a write has not come back.
+    pub stuck: BTreeMap<PciAddress, Stuck>,
 }
 
 /// All PFs of the node, and what cannot be told apart, from the kernel.
@@ -44,12 +47,13 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
     };
     vf::blocking(&agent.kernel, move |kernel| {
         let found = inventory::inventory(&node, &kernel.physical_functions()?);
+        let stuck = kernel.stuck()?;
         let snapshots = found
             .functions
             .into_iter()
             .map(|(name, facts)| {
                 let held = known.get(&name).map(Vec::as_slice).unwrap_or_default();
-                one(kernel, name, facts, held)
+                one(kernel, name, facts, held, &stuck)
             })
             .collect::<Result<_, _>>()?;
         Ok((snapshots, found.ambiguous))
@@ -62,6 +66,7 @@ fn one(
     name: String,
     facts: PfFacts,
     held: &[Holder],
+    stuck: &BTreeMap<PciAddress, Stuck>,
 ) -> Result<PfSnapshot, VfError> {
     let vfs = kernel.virtual_functions(facts.address)?;
     let probes = groups_to_probe(&vfs, held)
@@ -70,6 +75,7 @@ fn one(
             let probe = match kernel.probe_group(group) {
                 Ok(()) => GroupProbe::Free,
                 Err(HoldError::Busy { .. }) => GroupProbe::Busy,
+                Err(HoldError::NoDevice { .. }) => GroupProbe::NoDevice,
                 Err(other) => GroupProbe::Unknown(other.to_string()),
             };
             (group, probe)
@@ -87,6 +93,7 @@ fn one(
         vfs,
         probes,
         macs,
+        stuck: stuck.clone(),
     })
 }
 
@@ -109,6 +116,7 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
                 holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),
+                stuck: snapshot.stuck.clone(),
             })
         })
         .collect()

@@ -187,6 +187,16 @@ fn ready(view: &PfView) -> NewCondition {
             format!("it carries the host's own traffic: {words}{refused}"),
         );
     }
+    if let Some(stuck) = view.stuck {
+        return no(
+            reason::BROKEN,
+            format!(
+                "the kernel has not come back from a change of its VFs; process {} of the host \
+                 waits for it. End what uses them, or restart the host",
+                stuck.pid
+            ),
+        );
+    }
     if view.capabilities.is_none() {
         let driver = facts.driver.as_deref().unwrap_or("none");
         return no(
@@ -245,6 +255,12 @@ fn pool_words(view: &PfView) -> String {
         counts.attached,
         counts.foreign
     );
+    if counts.broken > 0 {
+        words += &format!(
+            ", {} broken: the kernel has not come back from a write about them",
+            counts.broken
+        );
+    }
     if let Some(asked) = view.desired.filter(|asked| *asked > view.facts.total_vfs) {
         words += &format!(
             "; numVFs asks for {asked}, the device can have {}",
@@ -263,14 +279,14 @@ fn pool_words(view: &PfView) -> String {
             holders.len()
         );
     }
-    let broken: Vec<String> = view
+    let doubled: Vec<String> = view
         .vfs
         .iter()
         .filter(|vf| vf.holders.len() > 1)
         .map(|vf| vf.index.to_string())
         .collect();
-    if !broken.is_empty() {
-        words += &format!("; more than one claim names VF {}", broken.join(", "));
+    if !doubled.is_empty() {
+        words += &format!("; more than one claim names VF {}", doubled.join(", "));
     }
     words
 }

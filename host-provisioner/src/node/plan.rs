@@ -36,10 +36,13 @@ pub enum Vf {
     Driverless,
     /// On vfio-pci and its group opened for us: free.
     VfioFree,
-    /// On vfio-pci and somebody holds its group.
+    /// Somebody holds its group: it is on vfio-pci, or is just being taken from it.
     VfioHeld,
     /// Another driver has it.
     OtherDriver(String),
+    /// A write about it, or about its PF, has not come back from the kernel; the words of the
+    /// error. What the kernel shows of it is not what there is.
+    Stuck(String),
 }
 
 /// The VF and how far it is set up.
@@ -243,10 +246,20 @@ fn make_ready(vf: &VfSeen) -> Option<Step> {
                 "the kernel driver {driver} has the VF; it is left alone until it is unbound from {driver}"
             ),
         )),
+        Vf::Stuck(words) => Some(stuck(words)),
         Vf::Driverless => Some(Step::Prepare),
         Vf::VfioFree if !vf.configured => Some(Step::Prepare),
         Vf::VfioFree => None,
     }
+}
+
+fn stuck(words: &str) -> Step {
+    wait(
+        reason::BROKEN,
+        format!(
+            "{words}. The VF is kept from everybody until it has; an administrator has to end what uses it on the host, or restart the host"
+        ),
+    )
 }
 
 fn attach_recorded(claim: ClaimFacts, vf: &VfSeen, seen: &Seen) -> Step {
@@ -258,6 +271,7 @@ fn attach_recorded(claim: ClaimFacts, vf: &VfSeen, seen: &Seen) -> Step {
                 reason::VM_NOT_RUNNING,
                 "the VM's QEMU ended and the kernel still holds the VF's vfio group; waiting for it to be let go",
             ),
+            Vf::Stuck(ref words) => stuck(words),
             _ => Step::ForgetAttachment,
         },
         Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
@@ -280,7 +294,7 @@ fn lost(vf: &VfSeen) -> String {
         Vf::Driverless | Vf::OtherDriver(_) => {
             "its VF was taken from vfio-pci on the host by somebody else"
         }
-        Vf::VfioFree | Vf::VfioHeld => {
+        Vf::VfioFree | Vf::VfioHeld | Vf::Stuck(_) => {
             "the guest ejected it, or somebody unplugged it at QEMU's monitor"
         }
     };
@@ -305,6 +319,7 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
         return Step::LookAtVf;
     };
     match &vf.vf {
+        Vf::Stuck(words) => stuck(words),
         Vf::VfioHeld if claim.attachment => wait(
             reason::UNPLUG_PENDING,
             "the device left QEMU and the kernel still holds the VF's vfio group; the VF is freed when it is let go",

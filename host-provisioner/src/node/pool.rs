@@ -126,6 +126,9 @@ fn offer(pf: &PfView, wish: &Wish) -> Result<Choice, Refusal> {
     if let Some(words) = &pf.facts.in_use_by_host {
         return Err(Refusal::InUseByHost(words.clone()));
     }
+    if let Some(stuck) = pf.stuck {
+        return Err(Refusal::Stuck(stuck));
+    }
     let Some(capabilities) = pf.capabilities else {
         return Err(Refusal::NoBackend(pf.facts.driver.clone()));
     };
@@ -160,7 +163,7 @@ fn mac_user(pf: &PfView, wish: &Wish) -> Option<MacUser> {
     }
     pf.vfs
         .iter()
-        .find(|vf| vf.state == VfState::Foreign && vf.mac == Some(mac))
+        .find(|vf| vf.holders.is_empty() && vf.state != VfState::Free && vf.mac == Some(mac))
         .map(|vf| MacUser::Foreign(vf.index))
 }
 
@@ -260,13 +263,18 @@ fn pool_size(pf: &PfView, wish: &Wish) -> u16 {
 }
 
 fn no_free_vf(pf: &PfView) -> Refusal {
-    let foreign = pf.vfs.iter().filter(|vf| vf.state == VfState::Foreign);
     Refusal::NoFreeVf {
         existing: pf.existing().count(),
-        foreign: foreign.count(),
+        foreign: others(pf),
         total: pf.facts.total_vfs,
         holders: pf.holders().cloned().collect(),
     }
+}
+
+/// VFs that no claim names and that are not ours to give.
+fn others(pf: &PfView) -> usize {
+    let unclaimed = pf.vfs.iter().filter(|vf| vf.holders.is_empty());
+    unclaimed.filter(|vf| vf.state != VfState::Free).count()
 }
 
 /// What is to be done about `spec.numVFs` now.
@@ -308,6 +316,6 @@ pub fn resize(pf: &PfView) -> Resize {
         from,
         to,
         holders: pf.holders().cloned().collect(),
-        foreign: usize::from(pf.counts().foreign),
+        foreign: others(pf),
     }
 }

@@ -297,10 +297,11 @@ impl Walk {
             Ok(None) => {}
             Ok(Some((pf, count))) => {
                 tracing::info!(pf = %pf.address, count, "creating VFs");
-                vf::blocking(&self.agent.kernel, move |kernel| {
+                let made = vf::blocking(&self.agent.kernel, move |kernel| {
                     vf::create(kernel, &pf, count)
                 })
-                .await?;
+                .await;
+                vf::unless_stuck(made)?;
                 self.agent.tell_pool_changed();
             }
             Err(wait) => return Ok(Some(self.wait(wait))),
@@ -436,10 +437,14 @@ impl Walk {
         let _turn = self.agent.pf_turns.take(&device.physical_function).await;
         let pf = self.pf().await?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, "cleaning");
-        vf::blocking(&self.agent.kernel, move |kernel| {
+        let cleaned = vf::blocking(&self.agent.kernel, move |kernel| {
             vf::clean(kernel, &pf, device.vf_index)
         })
-        .await?;
+        .await;
+        if vf::unless_stuck(cleaned)?.is_none() {
+            // The VF is Broken now.
+            self.agent.tell_report_due();
+        }
         self.seen.vf = None;
         Ok(())
     }

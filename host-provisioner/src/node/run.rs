@@ -4,7 +4,8 @@
 //! consistent LIST, and gates that a dead predecessor left open are closed
 //! before new ones open.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -33,7 +34,7 @@ use crate::hypervisor::gates::GateError;
 use crate::hypervisor::gates::host::{GatePaths, HostGates};
 use crate::hypervisor::launcher::Proc;
 use crate::hypervisor::qmp::{DEFAULT_SOCKET, QmpHypervisor};
-use crate::kernel::{Kernel, RealKernel, Roots};
+use crate::kernel::{Helpers, Kernel, RealKernel, Roots};
 
 /// `host-provisioner node`: creates VFs on this host and plugs them into VMs.
 #[derive(Args, Clone, Debug)]
@@ -79,6 +80,8 @@ pub enum NodeError {
     Endpoint(#[from] EndpointError),
     #[error("the watch of this node's PhysicalFunctions ended before it began")]
     NoFunctions,
+    #[error("where this program is, to start its helpers: {0}")]
+    Program(io::Error),
     #[error("a thread ended unexpectedly: {0}")]
     Thread(String),
 }
@@ -114,7 +117,10 @@ async fn build(
     woken: mpsc::UnboundedSender<reflector::ObjectRef<VFClaim>>,
     stop: &CancellationToken,
 ) -> Result<Agent, NodeError> {
-    let kernel: Arc<dyn Kernel> = Arc::new(RealKernel::new(Roots::default()));
+    let program = std::env::current_exe().map_err(NodeError::Program)?;
+    let helpers = Helpers::new(Path::new("/sys/fs/cgroup"), program);
+    let kernel = RealKernel::new(Roots::default()).with_helpers(helpers);
+    let kernel: Arc<dyn Kernel> = Arc::new(kernel);
     let boot_id = publish::boot_id(&kernel).await?;
     let (pool_changed, _) = watch::channel(());
     let functions = watch_functions(&client, args, pool_changed.clone(), stop.clone()).await?;

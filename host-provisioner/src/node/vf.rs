@@ -53,6 +53,17 @@ where
         .map_err(|e| VfError::Thread(e.to_string()))?
 }
 
+/// `None` for a write that has not come back: the next look says so, in the claim's terms.
+pub fn unless_stuck<T>(done: Result<T, VfError>) -> Result<Option<T>, VfError> {
+    match done {
+        Err(VfError::Kernel(error @ KernelError::Stuck { .. })) => {
+            tracing::error!(%error, "left to the helper");
+            Ok(None)
+        }
+        done => done.map(Some),
+    }
+}
+
 /// The VF of that index, if the PF has it.
 pub fn find(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<Option<VfFacts>, VfError> {
     Ok(kernel
@@ -68,14 +79,27 @@ pub fn look(
     index: u16,
     want: &VfConfig,
 ) -> Result<VfSeen, VfError> {
-    let Some(vf) = find(kernel, pf, index)? else {
-        return Ok(VfSeen {
-            vf: Vf::Absent,
-            configured: false,
-            clean: true,
-        });
+    let unread = |vf: Vf| VfSeen {
+        clean: vf == Vf::Absent,
+        configured: false,
+        vf,
     };
+    let stuck = kernel.stuck()?;
+    let words = |function: PciAddress| {
+        let stuck = *stuck.get(&function)?;
+        Some(KernelError::Stuck { function, stuck }.to_string())
+    };
+    if let Some(words) = words(pf.address) {
+        return Ok(unread(Vf::Stuck(words)));
+    }
+    let Some(vf) = find(kernel, pf, index)? else {
+        return Ok(unread(Vf::Absent));
+    };
+    if let Some(words) = words(vf.address) {
+        return Ok(unread(Vf::Stuck(words)));
+    }
     let state = match vf.driver.as_deref() {
+        None if being_taken(kernel, &vf)? => Vf::VfioHeld,
         None => Vf::Driverless,
         Some(VFIO_PCI) => {
             let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
@@ -96,10 +120,29 @@ pub fn look(
     })
 }
 
+/// Whether a VF without a driver is used all the same. The kernel shows it without one from
+/// the moment in which it is taken from vfio-pci, and then waits for its user
+/// (drivers/base/dd.c, `__device_release_driver`); its group keeps its node until then.
+fn being_taken(kernel: &dyn Kernel, vf: &VfFacts) -> Result<bool, VfError> {
+    let Some(group) = vf.iommu_group.filter(|_| vf.group_members.len() == 1) else {
+        // With others in the group, it may be theirs that is open.
+        return Ok(false);
+    };
+    match kernel.probe_group(group) {
+        Ok(()) | Err(HoldError::NoDevice { .. }) => Ok(false),
+        Err(HoldError::Busy { .. }) => Ok(true),
+        Err(HoldError::Kernel(error)) => Err(error.into()),
+    }
+}
+
 /// Opens the VF's group, which proves that nobody has it; `None` when the VF is
 /// driverless, which is free as well.
 fn prove_free(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<GroupHold>, VfError> {
     match vf.driver.as_deref() {
+        None if being_taken(kernel, vf)? => {
+            let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
+            Err(HoldError::Busy { group }.into())
+        }
         None => Ok(None),
         Some(VFIO_PCI) => {
             let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
@@ -200,6 +243,7 @@ pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfErro
     driver(pf)?.teardown(kernel, pf, &vf)?;
     reach(Point::Reset);
     drop(held);
+    reach(Point::LetGo);
     if vf.driver.is_some() {
         kernel.unbind(vf.address)?;
     }

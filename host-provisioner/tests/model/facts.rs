@@ -317,6 +317,8 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         holders,
         probes,
         macs: BTreeMap::new(),
+        // Nobody but QEMU opens a device here.
+        stuck: BTreeMap::new(),
     })
 }
 

@@ -1,5 +1,5 @@
-//! Somebody else who has VFs: a process of L1 that holds their vfio groups open, as a VM
-//! that we know nothing of would.
+//! Somebody else who has VFs: a process of L1 that holds their vfio groups open, or one that
+//! uses a device, as a VM that we know nothing of would.
 
 use anyhow::{Context, Result, ensure};
 
@@ -11,6 +11,7 @@ const UNIT: &str = "e2e-hold";
 
 /// The groups are held until [`OthersHold::end`], or until the laboratory is tidied.
 pub struct OthersHold {
+    vfs: Vec<String>,
     /// The VFs that it bound to vfio-pci for that.
     bound: Vec<String>,
 }
@@ -34,6 +35,7 @@ impl OthersHold {
         );
         sh(l1, &create).await?;
         let mut groups = Vec::new();
+        let mut vfs = Vec::new();
         let mut bound = Vec::new();
         for vf in l1::pf(l1, &lab.wired.address).await?.vfs {
             if Some(vf.address.as_str()) == but {
@@ -49,6 +51,7 @@ echo >/sys/bus/pci/devices/{a}/driver_override"
             if vf.driver.is_none() {
                 bound.push(vf.address.clone());
             }
+            vfs.push(vf.address.clone());
             groups.push(
                 vf.group
                     .with_context(|| format!("{a} has no IOMMU group"))?,
@@ -72,7 +75,13 @@ bash -uc 'hold() {{
             opens.join("; ")
         );
         sh(l1, &script).await.context("holding the groups")?;
-        Ok(Self { bound })
+        Ok(Self { vfs, bound })
+    }
+
+    /// The VFs that it holds.
+    #[must_use]
+    pub fn vfs(&self) -> &[String] {
+        &self.vfs
     }
 
     /// Lets go, and leaves the VFs as they were.
@@ -83,5 +92,42 @@ bash -uc 'hold() {{
         );
         sh(&lab.l1, &script).await?;
         Ok(())
+    }
+}
+
+const USER_UNIT: &str = "e2e-use";
+
+/// Opens `$group` and its device `$vf` as QEMU does, says so, and keeps both. The requests are
+/// those of linux/vfio.h: VFIO_GROUP_SET_CONTAINER, VFIO_SET_IOMMU (VFIO_TYPE1_IOMMU) and
+/// VFIO_GROUP_GET_DEVICE_FD.
+const USE: &str = r#"use Fcntl; my ($group, $vf) = @ARGV;
+sysopen(my $c, "/dev/vfio/vfio", O_RDWR) or die "container: $!";
+sysopen(my $g, "/dev/vfio/$group", O_RDWR) or die "group: $!";
+ioctl($g, 0x3b68, pack("i", fileno $c)) or die "set container: $!";
+ioctl($c, 0x3b66, 1) or die "set iommu: $!";
+my $d = ioctl($g, 0x3b6a, "$vf\0") or die "device: $!";
+system("systemd-notify", "--ready") == 0 or die "notify";
+sleep;
+"#;
+
+/// A process that uses a VF's device, which the kernel does not take from it.
+pub struct DeviceUser(());
+
+impl DeviceUser {
+    /// The VF is on vfio-pci and its group is not open.
+    pub async fn take(lab: &Lab<'_>, vf: &str, group: u32) -> Result<Self> {
+        let script = format!(
+            "systemctl reset-failed {USER_UNIT} 2>/dev/null
+systemd-run -q --unit={USER_UNIT} --service-type=notify --property=NotifyAccess=all \
+perl -e '{USE}' {group} {vf} || {{ journalctl -u {USER_UNIT} -o cat -n 20 >&2; exit 1; }}"
+        );
+        sh(&lab.l1, &script).await.context("using the device")?;
+        Ok(Self(()))
+    }
+
+    /// Lets go.
+    pub async fn end(self, lab: &Lab<'_>) -> Result<()> {
+        let script = format!("systemctl stop {USER_UNIT}");
+        sh(&lab.l1, &script).await.map(drop)
     }
 }

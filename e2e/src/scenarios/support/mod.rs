@@ -9,6 +9,7 @@ pub mod kinds;
 pub mod l1;
 pub mod l2;
 pub mod lab;
+pub mod outage;
 pub mod pods;
 pub mod ports;
 pub mod site;

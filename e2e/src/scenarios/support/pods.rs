@@ -102,6 +102,19 @@ impl Part {
         Ok(())
     }
 
+    /// Deletes its pods as an update does, with time to end; the old pods' UIDs.
+    pub async fn delete(self, lab: &Lab<'_>) -> Result<Vec<String>> {
+        let mut old = Vec::new();
+        for pod in self.pods(lab).await? {
+            let name = pod.metadata.name.context("a pod without a name")?;
+            self.api(lab)
+                .delete(&name, &DeleteParams::default())
+                .await?;
+            old.extend(pod.metadata.uid);
+        }
+        Ok(old)
+    }
+
     /// Kills it, and deletes its pods so that no back-off is waited for; does not wait.
     pub async fn crash(self, lab: &Lab<'_>) -> Result<Vec<String>> {
         self.kill(lab).await?;

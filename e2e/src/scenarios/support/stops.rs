@@ -72,7 +72,7 @@ use Fact::{
 };
 
 /// All of them, in the order in which a claim that comes and goes passes them.
-pub const POINTS: [Point; 22] = [
+pub const POINTS: [Point; 23] = [
     point("chosen", &[], &[]),
     point("allocated", &[Device], &[]),
     point("vfs-created", &[Vfs], &[]),
@@ -98,6 +98,7 @@ pub const POINTS: [Point; 22] = [
     point("memlock-restored", &[], &[Memlock]),
     point("gates-closed", &[], &[Journal]),
     point("reset", &[], &[Settings]),
+    point("let-go", &[], &[]),
     point("unbound", &[], &[Bound]),
     point("device-cleared", &[], &[Device, Attachment]),
 ];

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::pci::{PciAddress, PciId};
 
-use crate::kernel::{KernelError, MacAddr, PfFacts, VFIO_PCI, VfConfig, VfFacts, Watcher};
+use crate::kernel::{KernelError, MacAddr, PfFacts, Stuck, VFIO_PCI, VfConfig, VfFacts, Watcher};
 
 use super::refused;
 
@@ -65,6 +65,9 @@ pub(super) struct State {
     /// Open groups, each with the number of its opening.
     pub held: BTreeMap<u32, u64>,
     pub openings: u64,
+    /// Functions about which a write has not come back.
+    pub stuck: BTreeMap<PciAddress, Stuck>,
+    pub stick_at_unbind: bool,
     pub boots: u64,
     pub failures: Vec<(&'static str, i32)>,
     /// Who wants to be told of changes.
@@ -173,6 +176,13 @@ impl State {
             self.violations
                 .push(format!("{what} of {vf} while group {group} was open"));
         }
+    }
+
+    /// A device of the group is being taken from vfio and its user has not let go.
+    pub fn group_stuck(&self, group: u32) -> bool {
+        let vfs = self.pfs.values().flat_map(|pf| &pf.vfs);
+        vfs.filter(|vf| vf.facts.iommu_group == Some(group))
+            .any(|vf| self.stuck.contains_key(&vf.facts.address))
     }
 
     pub fn group_on_vfio(&self, group: u32) -> bool {

@@ -27,6 +27,7 @@ fn input(vfs: u16) -> PfInput {
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
+        stuck: BTreeMap::new(),
     }
 }
 

@@ -66,6 +66,25 @@ fn an_attached_claim_is_judged_by_qemu_before_its_group_is_probed() {
 }
 
 #[test]
+fn nothing_is_done_about_a_vf_whose_last_write_has_not_come_back() {
+    let seen = Seen {
+        qemu: Some(Qemu::Gone),
+        vf: vf(Vf::Stuck("it waits".into()), false, false),
+        service: None,
+    };
+    for deleting in [false, true] {
+        for attachment in [false, true] {
+            let step = next_step(claim(deleting, true, attachment), &seen);
+            let Step::Wait(Wait { reason, message }) = step else {
+                panic!("{deleting} {attachment}: {step:?}")
+            };
+            assert_eq!(reason, reason::BROKEN);
+            assert!(message.starts_with("it waits. "), "{message}");
+        }
+    }
+}
+
+#[test]
 fn release_touches_the_vf_only_when_qemu_let_go_and_the_group_opens() {
     let mut seen = Seen::default();
     assert_eq!(next_step(claim(true, true, true), &seen), Step::LookAtQemu);

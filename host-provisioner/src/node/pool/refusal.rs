@@ -4,7 +4,7 @@ use common::api::reason;
 use common::pci::PciAddress;
 
 use crate::driver::Unsupported;
-use crate::kernel::MacAddr;
+use crate::kernel::{MacAddr, Stuck};
 
 use super::claim::Holder;
 use super::view::GroupConflict;
@@ -18,6 +18,8 @@ pub enum Refusal {
     NotManaged,
     /// The words of [`crate::kernel::PfFacts::in_use_by_host`].
     InUseByHost(String),
+    /// A write about it has not come back from the kernel.
+    Stuck(Stuck),
     /// No backend for the kernel driver, or no driver.
     NoBackend(Option<String>),
     Unsupported(Unsupported),
@@ -68,6 +70,7 @@ impl Refusal {
         match self {
             Self::NotManaged => reason::NOT_MANAGED,
             Self::InUseByHost(_) => reason::IN_USE_BY_HOST,
+            Self::Stuck(_) => reason::BROKEN,
             Self::NoBackend(_) => reason::UNSUPPORTED_DRIVER,
             Self::Unsupported(_) => reason::UNSUPPORTED_SETTING,
             Self::MacInUse { .. } => reason::MAC_IN_USE,
@@ -83,11 +86,12 @@ impl Refusal {
             Self::NotManaged => 0,
             Self::NoBackend(_) => 1,
             Self::InUseByHost(_) => 2,
-            Self::Unsupported(_) => 3,
-            Self::NotIsolated(_) => 4,
-            Self::NoFreeVf { .. } => 5,
-            Self::MacInUse { .. } => 6,
-            Self::BeingMade => 7,
+            Self::Stuck(_) => 3,
+            Self::Unsupported(_) => 4,
+            Self::NotIsolated(_) => 5,
+            Self::NoFreeVf { .. } => 6,
+            Self::MacInUse { .. } => 7,
+            Self::BeingMade => 8,
         }
     }
 
@@ -100,6 +104,12 @@ impl Refusal {
             Self::InUseByHost(words) => format!(
                 "{pf} carries the host's own traffic ({words}) and is left alone, managed or not; \
                  an administrator can move that traffic elsewhere or take the device out of the class"
+            ),
+            Self::Stuck(stuck) => format!(
+                "{pf} is broken: the kernel has not come back from a change of its VFs (process \
+                 {} of the host waits for it); an administrator has to end what uses them, or \
+                 restart the host",
+                stuck.pid
             ),
             Self::NoBackend(None) => format!(
                 "{pf} has no kernel driver; an administrator has to bind one that makes VFs"

@@ -7,7 +7,7 @@ use common::api::{ClaimRef, GrantedNetwork, VFClaim, reason};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
-use crate::kernel::{Kernel as _, MacAddr, VfConfig, VfFacts, VlanTag};
+use crate::kernel::{Kernel as _, MacAddr, Stuck, VfConfig, VfFacts, VlanTag};
 
 pub(super) const PF1: &str = "0000:01:00.0";
 pub(super) const PF2: &str = "0000:02:00.0";
@@ -62,6 +62,7 @@ pub(super) fn input(pf: &str, vfs: u16) -> PfInput {
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
+        stuck: BTreeMap::new(),
     }
 }
 
@@ -251,7 +252,11 @@ fn free_is_proven_or_it_is_foreign() {
         },
     ];
     on(&mut pool.vfs[6], VFIO_PCI);
-    assert_eq!(groups_to_probe(&pool.vfs, &pool.holders), groups);
+    let driverless = pool.vfs[0].iommu_group.unwrap();
+    let mut asked = vec![driverless];
+    asked.extend(&groups);
+    assert_eq!(groups_to_probe(&pool.vfs, &pool.holders), asked);
+    pool.probes.insert(driverless, GroupProbe::NoDevice);
     pool.probes.insert(groups[0], GroupProbe::Free);
     pool.probes.insert(groups[1], GroupProbe::Busy);
     let view = PfView::new(pool);
@@ -275,6 +280,54 @@ fn free_is_proven_or_it_is_foreign() {
         ),
         (2, 1, 1, 3)
     );
+}
+
+#[test]
+fn a_vf_about_which_the_kernel_has_not_come_back_is_nobodys() {
+    let mut pool = input(PF1, 3);
+    let stuck = Stuck { pid: 17 };
+    pool.stuck = [(pool.vfs[0].address, stuck), (pool.vfs[1].address, stuck)].into();
+    pool.holders = vec![holder("b", 1)];
+    let view = PfView::new(pool.clone());
+    let states: Vec<VfState> = view.vfs.iter().map(|vf| vf.state).collect();
+    assert_eq!(states, [VfState::Broken, VfState::Broken, VfState::Free]);
+    assert_eq!((view.counts().broken, view.counts().free), (2, 1));
+    let choice = choose(std::slice::from_ref(&view), &wish("a")).unwrap();
+    assert_eq!(choice.vf_index, 2);
+    // Nor is the number changed under it, nor its MAC given to another.
+    pool.holders.clear();
+    pool.desired = Some(7);
+    pool.macs = [(0, mac(0xaa))].into();
+    let view = PfView::new(pool.clone());
+    assert!(matches!(resize(&view), Resize::Pending { foreign: 2, .. }));
+    assert_eq!(refused(pool, &wish("a")).0, reason::MAC_IN_USE);
+}
+
+#[test]
+fn a_pf_about_which_the_kernel_has_not_come_back_is_left_alone() {
+    let mut pool = input(PF1, 0);
+    pool.stuck = [(pool.facts.address, Stuck { pid: 17 })].into();
+    let (reason, words) = refused(pool, &wish("a"));
+    assert_eq!(reason, reason::BROKEN);
+    assert!(words.contains("process 17"), "{words}");
+}
+
+#[test]
+fn a_vf_that_is_being_taken_from_its_user_is_not_free() {
+    let mut pool = input(PF1, 2);
+    let groups = groups_to_probe(&pool.vfs, &pool.holders);
+    assert_eq!(groups.len(), 2, "driverless ones are probed too");
+    pool.probes = [
+        (groups[0], GroupProbe::Busy),
+        (groups[1], GroupProbe::NoDevice),
+    ]
+    .into();
+    let view = PfView::new(pool.clone());
+    let states: Vec<VfState> = view.vfs.iter().map(|vf| vf.state).collect();
+    assert_eq!(states, [VfState::Foreign, VfState::Free]);
+    // On vfio-pci a group without a node proves nothing.
+    on(&mut pool.vfs[1], VFIO_PCI);
+    assert_eq!(PfView::new(pool).vfs[1].state, VfState::Foreign);
 }
 
 #[test]

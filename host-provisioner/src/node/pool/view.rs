@@ -7,7 +7,7 @@ use common::api::{VfCounts, VfState};
 use common::pci::PciAddress;
 
 use crate::driver::{Capabilities, driver_for};
-use crate::kernel::{MacAddr, PfFacts, VFIO_PCI, VfFacts};
+use crate::kernel::{MacAddr, PfFacts, Stuck, VFIO_PCI, VfFacts};
 
 use super::claim::Holder;
 
@@ -18,6 +18,8 @@ pub enum GroupProbe {
     Free,
     /// EBUSY: somebody holds it.
     Busy,
+    /// It has no node: no member is on vfio.
+    NoDevice,
     /// It could not be told; the reason. Never taken for free.
     Unknown(String),
 }
@@ -73,6 +75,8 @@ pub struct PfInput {
     pub probes: BTreeMap<u32, GroupProbe>,
     /// MACs that the kernel reports, by VF index; may be empty.
     pub macs: BTreeMap<u16, MacAddr>,
+    /// Functions about which a write has not come back; may name others.
+    pub stuck: BTreeMap<PciAddress, Stuck>,
 }
 
 /// A PF with its VFs, as the planners see it.
@@ -86,10 +90,14 @@ pub struct PfView {
     pub capabilities: Option<Capabilities>,
     /// By index; VFs that exist and VFs that are promised.
     pub vfs: Vec<VfView>,
+    /// A write about the PF itself has not come back.
+    pub stuck: Option<Stuck>,
 }
 
 /// The groups that tell whether an unclaimed VF is free: those of VFs on
-/// vfio-pci of which no member is claimed. A claimed VF's group is never
+/// vfio-pci, and of VFs without a driver that have theirs for themselves (one that
+/// is being taken from vfio-pci, and whose user has not let go, is shown without
+/// one), of which no member is claimed. A claimed VF's group is never
 /// probed: the open is exclusive, so the probe could make QEMU's own fail.
 #[must_use]
 pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
@@ -101,7 +109,10 @@ pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
         .collect();
     let mut groups: Vec<u32> = vfs
         .iter()
-        .filter(|vf| vf.driver.as_deref() == Some(VFIO_PCI))
+        .filter(|vf| match vf.driver.as_deref() {
+            Some(driver) => driver == VFIO_PCI,
+            None => vf.group_members.len() == 1,
+        })
         .filter_map(|vf| vf.iommu_group)
         .filter(|group| !taken.contains(group))
         .collect();
@@ -123,9 +134,10 @@ impl PfView {
         Self {
             capabilities: driver_for(&input.facts).map(|driver| driver.capabilities()),
             name: input.name,
-            facts: input.facts,
             managed: input.managed,
             desired: input.desired,
+            stuck: input.stuck.get(&input.facts.address).copied(),
+            facts: input.facts,
             vfs,
         }
     }
@@ -152,6 +164,7 @@ impl PfView {
             allocated: count(VfState::Allocated),
             attached: count(VfState::Attached),
             foreign: count(VfState::Foreign),
+            broken: count(VfState::Broken),
         }
     }
 
@@ -170,7 +183,7 @@ impl PfView {
             let Some(other) = self.vfs.iter().find(|vf| vf.address == Some(*member)) else {
                 return Some(GroupConflict::Stranger(*member));
             };
-            if other.state == VfState::Foreign
+            if matches!(other.state, VfState::Foreign | VfState::Broken)
                 || other.holders.iter().any(|holder| holder.vm_uid != vm_uid)
             {
                 return Some(GroupConflict::OtherUser(*member));
@@ -223,12 +236,15 @@ fn claimed_state(holders: &[Holder]) -> VfState {
 
 fn view(vf: &VfFacts, input: &PfInput) -> VfView {
     let holders = named(vf.index, &input.holders);
-    let foreign = if holders.is_empty() {
+    let stuck = |function| input.stuck.contains_key(function);
+    let broken = stuck(&vf.address) || stuck(&input.facts.address);
+    let foreign = if holders.is_empty() && !broken {
         foreign_reason(vf, input)
     } else {
         None
     };
     let state = match &foreign {
+        _ if broken => VfState::Broken,
         Some(_) => VfState::Foreign,
         None if holders.is_empty() => VfState::Free,
         None => claimed_state(&holders),
@@ -246,8 +262,8 @@ fn view(vf: &VfFacts, input: &PfInput) -> VfView {
     }
 }
 
-/// Free is proven or it is foreign: driverless, or on vfio-pci with a group
-/// that opens; and nobody but VFs of this PF in the group.
+/// Free is proven or it is foreign: driverless with a group that nobody has
+/// open, or on vfio-pci with a group that opens; and nobody but VFs of this PF in the group.
 fn foreign_reason(vf: &VfFacts, input: &PfInput) -> Option<ForeignReason> {
     let Some(group) = vf.iommu_group else {
         return Some(ForeignReason::NoIommu);
@@ -257,10 +273,17 @@ fn foreign_reason(vf: &VfFacts, input: &PfInput) -> Option<ForeignReason> {
         return Some(ForeignReason::Stranger(*stranger));
     }
     match vf.driver.as_deref() {
-        None => None,
+        None => match input.probes.get(&group) {
+            Some(GroupProbe::Busy) => Some(ForeignReason::HeldOpen(group)),
+            Some(GroupProbe::Unknown(why)) => Some(ForeignReason::NotProven(why.clone())),
+            Some(GroupProbe::Free | GroupProbe::NoDevice) | None => None,
+        },
         Some(VFIO_PCI) => match input.probes.get(&group) {
             Some(GroupProbe::Free) => None,
             Some(GroupProbe::Busy) => Some(ForeignReason::HeldOpen(group)),
+            Some(GroupProbe::NoDevice) => {
+                Some(ForeignReason::NotProven("its group has no node".to_owned()))
+            }
             Some(GroupProbe::Unknown(why)) => Some(ForeignReason::NotProven(why.clone())),
             // Not probed, because a member of the group is claimed: whoever has
             // the group is that claim's VM, and only it may get this VF.

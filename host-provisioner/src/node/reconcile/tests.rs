@@ -142,3 +142,37 @@ async fn a_claim_that_names_another_ones_vf_lets_go_of_it_and_gets_its_own() {
     let still = stage.now(&first).await.status.unwrap().device.unwrap();
     assert_eq!(still.vf_index, taken.vf_index);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unbind_that_does_not_come_back_holds_its_claim_and_no_other() {
+    let stage = Stage::new().await;
+    let claim = stage.claim(MAC).await;
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let device = stage.now(&claim).await.status.unwrap().device.unwrap();
+    stage.delete(&claim).await;
+    stage.kernel.stick_at_unbind();
+    let mut due = stage.agent.report_due.subscribe();
+    due.mark_unchanged();
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let held = stage.now(&claim).await;
+    assert_eq!(says(&held, type_::READY), ("False", reason::BROKEN));
+    assert_eq!(held.status.unwrap().device.unwrap(), device);
+    assert!(due.has_changed().unwrap(), "the PF's object is not told");
+
+    let written = stage.kernel.writes();
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    assert_eq!(stage.kernel.writes(), written, "written to again");
+    let other = stage.claim("02:00:00:00:00:02").await;
+    reconcile(Arc::new(other.clone()), Arc::clone(&stage.agent)).await;
+    let given = stage.now(&other).await.status.unwrap().device.unwrap();
+    assert_ne!(given.vf_index, device.vf_index);
+
+    let address = device.pci_address.clone();
+    let vfs = stage.kernel.virtual_functions(stage.pf.address).unwrap();
+    let vf = vfs.iter().find(|v| v.index == device.vf_index).unwrap();
+    assert!(address.is_none_or(|a| a == vf.address.to_string()));
+    stage.kernel.stick(vf.address, false);
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    assert!(stage.now(&claim).await.status.unwrap().device.is_none());
+    assert_eq!(stage.kernel.violations(), Vec::<String>::new());
+}

@@ -66,6 +66,47 @@ fn a_vf_goes_up_and_comes_back_as_it_was() {
 }
 
 #[test]
+fn a_vf_that_somebody_took_before_it_could_be_unbound_is_nobodys_until_he_lets_go() {
+    let (kernel, pf, vf) = filled();
+    prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
+    kernel.stick_at_unbind();
+    let cleaned = clean(&kernel, &pf, 2);
+    assert!(unless_stuck(cleaned).unwrap().is_none());
+    let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
+    let Vf::Stuck(words) = &seen.vf else {
+        panic!("{seen:?}")
+    };
+    assert!(words.contains(&vf.address.to_string()), "{words}");
+    assert!(!seen.clean);
+    // The kernel shows it without a driver all the while.
+    let shown = find(&kernel, &pf, 2).unwrap().unwrap();
+    assert_eq!(shown.driver, None);
+    for refused in [
+        prepare(&kernel, &pf, &device(2), &wanted()).unwrap_err(),
+        clean(&kernel, &pf, 2).unwrap_err(),
+    ] {
+        assert!(
+            matches!(refused, VfError::Hold(HoldError::Busy { .. })),
+            "{refused}"
+        );
+    }
+
+    kernel.stick(vf.address, false);
+    let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
+    assert_eq!((seen.vf, seen.clean), (Vf::Driverless, true));
+}
+
+#[test]
+fn a_pf_whose_count_does_not_come_back_keeps_its_vfs_from_everybody() {
+    let (kernel, pf, _) = filled();
+    kernel.stick(pf.address, true);
+    for index in [2, 9] {
+        let seen = look(&kernel, &pf, index, &wanted()).unwrap();
+        assert!(matches!(seen.vf, Vf::Stuck(_)), "{seen:?}");
+    }
+}
+
+#[test]
 fn each_thing_is_written_once_and_the_function_reset_before_it_is_given_up() {
     let (kernel, pf, vf) = filled();
     prepare(&kernel, &pf, &device(2), &wanted()).unwrap();

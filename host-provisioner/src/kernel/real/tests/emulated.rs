@@ -127,6 +127,7 @@ impl Emulated {
             netlink: Arc::new(self.clone()),
             attributes: Arc::new(self.clone()),
             openings: super::super::vfio::Openings::default(),
+            helpers: None,
         }
     }
 

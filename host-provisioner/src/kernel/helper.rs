@@ -1,0 +1,232 @@
+//! Kernel writes that may not come back, each made by a process of its own.
+//!
+//! Taking a device from vfio-pci, and a PF's VFs away, wait without end for whoever uses the
+//! device (drivers/vfio/vfio_main.c, `vfio_unregister_group_dev`). A thread that waits like
+//! that cannot be killed, and as long as it waits its process does not end and its pod is
+//! not replaced. Such a write is therefore made by this program started once more
+//! ([`run`]), in a cgroup outside of the pod: one for each PCI function, named after it.
+//!
+//! The cgroups are the record. Who finds one with a process in it knows that a write to that
+//! function has not come back, also when its predecessor made it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::pci::PciAddress;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{KernelError, sysfs};
+
+/// The subcommand that makes one write.
+pub const SUBCOMMAND: &str = "kernel-write";
+
+/// Folder of the functions' cgroups, below the root of the cgroup file system.
+const FOLDER: &str = "vf-provisioner";
+
+/// A write to a function that has not come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stuck {
+    /// The process that waits in the kernel.
+    pub pid: u32,
+}
+
+/// Makes writes in processes of their own; clones share what they know.
+#[derive(Clone, Debug)]
+pub struct Helpers {
+    folder: PathBuf,
+    program: PathBuf,
+    /// Functions that are being written to, not yet for too long.
+    young: Arc<Mutex<BTreeSet<PciAddress>>>,
+}
+
+impl Helpers {
+    /// `cgroups`: root of the host's cgroup v2 file system; `program`: this one.
+    #[must_use]
+    pub fn new(cgroups: &Path, program: PathBuf) -> Self {
+        Self {
+            folder: cgroups.join(FOLDER),
+            program,
+            young: Arc::default(),
+        }
+    }
+
+    fn young(&self) -> MutexGuard<'_, BTreeSet<PciAddress>> {
+        self.young.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes `text` to `path`, an attribute of `function` or about it, and waits so long.
+    ///
+    /// # Errors
+    /// [`KernelError::Stuck`] when the write has not come back by then, or an earlier one about
+    /// this function has not; else the kernel's.
+    pub fn write(
+        &self,
+        function: PciAddress,
+        path: &Path,
+        text: &str,
+        limit: Duration,
+    ) -> Result<(), KernelError> {
+        if !self.young().insert(function) {
+            // The caller has the function's turn, so this does not happen; it must not be two.
+            return Err(KernelError::Helper {
+                function,
+                detail: "another write to it is under way".to_owned(),
+            });
+        }
+        let done = self.write_alone(function, path, text, limit);
+        self.young().remove(&function);
+        done
+    }
+
+    fn write_alone(
+        &self,
+        function: PciAddress,
+        path: &Path,
+        text: &str,
+        limit: Duration,
+    ) -> Result<(), KernelError> {
+        let cgroup = self.folder.join(function.to_string());
+        self.check(function)?;
+        fs::create_dir_all(&cgroup).map_err(|e| KernelError::file("make", &cgroup, e))?;
+        let helper = |detail: String| KernelError::Helper { function, detail };
+        let mut child = Command::new(&self.program)
+            .arg(SUBCOMMAND)
+            .args([&cgroup, path])
+            .arg(text)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            // The container's log would stay open as long as the helper waits.
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| KernelError::file("start", &self.program, e))?;
+        let said = match answer(&mut child, limit) {
+            Ok(Some(said)) => said,
+            Ok(None) => {
+                let stuck = Stuck { pid: child.id() };
+                // It is reaped when it ends.
+                std::thread::spawn(move || child.wait());
+                return Err(KernelError::Stuck { function, stuck });
+            }
+            Err(error) => return Err(helper(format!("its answer: {error}"))),
+        };
+        let status = child.wait().map_err(|e| helper(e.to_string()))?;
+        // Empty now; one that stays is found empty.
+        let _ = fs::remove_dir(&cgroup);
+        match (status.success(), said.trim().parse::<i32>()) {
+            (true, _) => Ok(()),
+            (false, Ok(errno)) => Err(KernelError::file(
+                format!("write {text:?} to"),
+                path,
+                io::Error::from_raw_os_error(errno),
+            )),
+            (false, Err(_)) => Err(helper(format!("{status} {}", said.trim()))),
+        }
+    }
+
+    /// An error when a write about `function` has not come back: what the kernel shows of it
+    /// is not what there is. A device whose driver waits is shown without one
+    /// (drivers/base/dd.c, `__device_release_driver`).
+    pub(super) fn check(&self, function: PciAddress) -> Result<(), KernelError> {
+        match occupant(&self.folder.join(function.to_string()))? {
+            Some(stuck) => Err(KernelError::Stuck { function, stuck }),
+            None => Ok(()),
+        }
+    }
+
+    /// The functions with a write that has not come back.
+    pub fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError> {
+        // Kept during the look: what ends meanwhile is not taken for stuck.
+        let young = self.young();
+        let mut found = BTreeMap::new();
+        for name in sysfs::names(&self.folder)? {
+            // The folder's own attributes are no addresses.
+            let Ok(function) = name.parse::<PciAddress>() else {
+                continue;
+            };
+            if young.contains(&function) {
+                continue;
+            }
+            if let Some(stuck) = occupant(&self.folder.join(&name))? {
+                found.insert(function, stuck);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Who is in a cgroup; nobody when there is none.
+fn occupant(cgroup: &Path) -> Result<Option<Stuck>, KernelError> {
+    let path = cgroup.join("cgroup.procs");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        // Taken away while it was open.
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(KernelError::file("read", &path, e)),
+    };
+    let Some(line) = text.lines().next() else {
+        return Ok(None);
+    };
+    let pid = line.parse().map_err(|_| KernelError::Content {
+        path,
+        text: line.to_owned(),
+        expected: "the id of a process",
+    })?;
+    Ok(Some(Stuck { pid }))
+}
+
+/// What the helper wrote until it ended; `None` when it has not ended in time. Its end of the
+/// pipe is closed by its end alone.
+fn answer(child: &mut Child, limit: Duration) -> io::Result<Option<String>> {
+    let Some(mut pipe) = child.stdout.take() else {
+        return Err(io::Error::other("it has no output"));
+    };
+    let deadline = Instant::now() + limit;
+    let mut said = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], wait) {
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut part = [0; 256];
+        match pipe.read(&mut part)? {
+            0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
+            n => said.extend(part.iter().take(n)),
+        }
+    }
+}
+
+/// The helper's part: moves itself into `cgroup`, then writes. Says the errno of a refused
+/// write, or words if it did not come to it.
+///
+/// # Errors
+/// Whatever failed; it was said.
+pub fn run(cgroup: &Path, path: &Path, text: &str) -> Result<(), io::Error> {
+    let say = |words: String| {
+        // Whoever asked may be gone.
+        let _ = io::stdout().write_all(words.as_bytes());
+    };
+    let put = |path: &Path, text: &str| {
+        let mut file = fs::OpenOptions::new().write(true).open(path)?;
+        file.write_all(text.as_bytes())
+    };
+    // 0 stands for the writer.
+    put(&cgroup.join("cgroup.procs"), "0")
+        .inspect_err(|e| say(format!("cannot move into {}: {e}", cgroup.display())))?;
+    put(path, text).inspect_err(|e| match e.raw_os_error() {
+        Some(errno) => say(errno.to_string()),
+        None => say(e.to_string()),
+    })
+}
