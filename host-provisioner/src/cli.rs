@@ -31,8 +31,6 @@ pub enum Command {
 /// Arguments of the helper.
 #[derive(Args, Clone, Debug)]
 pub struct KernelWriteArgs {
-    /// Cgroup to move into first.
-    pub cgroup: PathBuf,
     /// File to write to.
     pub path: PathBuf,
     /// What to write, in one write.

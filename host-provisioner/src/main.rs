@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::KernelWrite(args) = &cli.command {
         // Nothing of the program is needed for it, and nothing is to hold it up.
-        return match helper::run(&args.cgroup, &args.path, &args.text) {
+        return match helper::run(&args.path, &args.text) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         };

@@ -56,7 +56,7 @@ pub enum Point {
     GatesClosed,
     /// The VF has been reset and has no settings; it is on vfio-pci yet.
     Reset,
-    /// Its group is open to anybody for a moment: a held one cannot be taken from vfio-pci.
+    /// Its group was let go, and anybody can open it until it is off vfio-pci.
     LetGo,
     /// The VF has no driver.
     Unbound,

@@ -203,10 +203,24 @@ fn a_host_without_its_cgroups_is_told_in_words() {
         .write(function(0), &file, "7", COMES)
         .unwrap_err()
         .to_string();
-    assert!(error.contains("cannot move into"), "{error}");
+    assert!(error.contains("cannot move a helper"), "{error}");
     assert_eq!(
         fs::read_to_string(&file).unwrap(),
         "0",
         "written in the pod after all"
     );
+}
+
+#[test]
+fn a_helper_that_nobody_tells_to_write_ends_without() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sriov_numvfs");
+    fs::write(&file, "0").unwrap();
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_host-provisioner"))
+        .args([Path::new("kernel-write"), &file, Path::new("7")])
+        .stdin(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(!status.success());
+    assert_eq!(fs::read_to_string(&file).unwrap(), "0");
 }

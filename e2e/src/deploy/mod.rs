@@ -150,3 +150,36 @@ fn guest_values(image: &Image) -> Value {
         },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(generation: i64, status: Value) -> DaemonSet {
+        let text = json!({
+            "metadata": {"name": "agent", "generation": generation},
+            "status": status,
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    #[test]
+    fn agents_are_awaited_until_all_are_new_and_ready() {
+        let status = |seen: i64, updated: i32, ready: i32, wanted: i32| {
+            json!({
+                "observedGeneration": seen, "updatedNumberScheduled": updated,
+                "numberReady": ready, "desiredNumberScheduled": wanted,
+                "currentNumberScheduled": updated, "numberMisscheduled": 0,
+            })
+        };
+        assert_eq!(behind(&set(2, status(2, 1, 1, 1))), None);
+        for (why, of) in [
+            ("the controller has not seen it", status(1, 1, 1, 1)),
+            ("an old pod is ready", status(2, 0, 1, 1)),
+            ("the new pod is not", status(2, 1, 0, 1)),
+            ("no node takes it yet", status(2, 0, 0, 0)),
+        ] {
+            assert!(behind(&set(2, of)).is_some(), "{why}");
+        }
+    }
+}

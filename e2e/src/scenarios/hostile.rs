@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::api::{PhysicalFunction, VfState, reason};
+use common::api::{PhysicalFunction, VfState, reason, type_};
 use futures::FutureExt;
 use kube::Api;
 
@@ -54,10 +54,14 @@ async fn beside(lab: &Lab<'_>, hold: &OthersHold, free: &str) -> Result<()> {
     let (claim, given) = lab.attach(&Wish::new("beside")).await?;
     ensure!(given.vf == free, "the claim got {}", given.vf);
     let refused = lab.create(&Wish::new("too-many")).await?;
-    let words = lab.host_event(&refused, reason::NO_FREE_VF).await?;
+    let said = lab
+        .refused(&refused, type_::ALLOCATED, reason::NO_FREE_VF)
+        .await?;
     ensure!(
-        words.contains("in use by something else on the host"),
-        "the refusal says {words:?}"
+        said.message
+            .contains("in use by something else on the host"),
+        "the refusal says {:?}",
+        said.message
     );
     lab.release(&refused).await?;
     Part::Agent.restart(lab).await?;

@@ -5,6 +5,7 @@
 
 mod clusters;
 mod gates;
+mod guests;
 mod holds;
 mod hostile;
 mod killed;
@@ -82,6 +83,7 @@ pub fn all() -> Vec<Scenario> {
         release::scenarios,
         refusals::scenarios,
         gates::scenarios,
+        guests::scenarios,
         holds::scenarios,
         hostile::scenarios,
         restarts::scenarios,

@@ -137,6 +137,11 @@ impl FakeKernel {
         self.lock().stick_at_unbind = true;
     }
 
+    /// The next making of VFs does not come back, until [`FakeKernel::stick`] ends it.
+    pub fn stick_at_create(&self) {
+        self.lock().stick_at_create = true;
+    }
+
     /// How many watch.
     #[must_use]
     pub fn watchers(&self) -> usize {
@@ -265,6 +270,14 @@ impl Kernel for FakeKernel {
             return Err(refused(&action, path, libc::EBUSY));
         }
         state.writes.push(Write::NumVfs { pf, count });
+        if std::mem::take(&mut state.stick_at_create) {
+            let stuck = Stuck { pid: 4711 };
+            state.stuck.insert(pf, stuck);
+            return Err(KernelError::Stuck {
+                function: pf,
+                stuck,
+            });
+        }
         let got = state.resize(pf, count);
         if got == count {
             return Ok(());

@@ -1,7 +1,7 @@
 //! Kernel writes that may not come back, each made by a process of its own.
 //!
-//! Taking a device from vfio-pci, and a PF's VFs away, wait without end for whoever uses the
-//! device (drivers/vfio/vfio_main.c, `vfio_unregister_group_dev`). A thread that waits like
+//! Taking a device from vfio-pci waits without end for whoever uses it (drivers/vfio/vfio_main.c,
+//! `vfio_unregister_group_dev`), and a card's firmware makes VFs in its own time. A thread that waits like
 //! that cannot be killed, and as long as it waits its process does not end and its pod is
 //! not replaced. Such a write is therefore made by this program started once more
 //! ([`run`]), in a cgroup outside of the pod: one for each PCI function, named after it.
@@ -73,49 +73,38 @@ impl Helpers {
         text: &str,
         limit: Duration,
     ) -> Result<(), KernelError> {
-        if !self.young().insert(function) {
-            // The caller has the function's turn, so this does not happen; it must not be two.
-            return Err(KernelError::Helper {
-                function,
-                detail: "another write to it is under way".to_owned(),
-            });
-        }
-        let done = self.write_alone(function, path, text, limit);
-        self.young().remove(&function);
-        done
-    }
-
-    fn write_alone(
-        &self,
-        function: PciAddress,
-        path: &Path,
-        text: &str,
-        limit: Duration,
-    ) -> Result<(), KernelError> {
+        let _young = Young::enter(self, function)?;
         let cgroup = self.folder.join(function.to_string());
         self.check(function)?;
         fs::create_dir_all(&cgroup).map_err(|e| KernelError::file("make", &cgroup, e))?;
         let helper = |detail: String| KernelError::Helper { function, detail };
         let mut child = Command::new(&self.program)
             .arg(SUBCOMMAND)
-            .args([&cgroup, path])
+            .arg(path)
             .arg(text)
-            .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // The container's log would stay open as long as the helper waits.
             .stderr(Stdio::null())
             .spawn()
             .map_err(|e| KernelError::file("start", &self.program, e))?;
+        // It writes when it is told to, and ends if nobody is left to tell it: what is not in
+        // its cgroup yet is known to nobody.
+        if let Err(error) = send(&mut child, &cgroup) {
+            reap(child);
+            return Err(error);
+        }
         let said = match answer(&mut child, limit) {
             Ok(Some(said)) => said,
             Ok(None) => {
                 let stuck = Stuck { pid: child.id() };
-                // It is reaped when it ends.
-                std::thread::spawn(move || child.wait());
+                reap(child);
                 return Err(KernelError::Stuck { function, stuck });
             }
-            Err(error) => return Err(helper(format!("its answer: {error}"))),
+            Err(error) => {
+                reap(child);
+                return Err(helper(format!("its answer: {error}")));
+            }
         };
         let status = child.wait().map_err(|e| helper(e.to_string()))?;
         // Empty now; one that stays is found empty.
@@ -159,6 +148,59 @@ impl Helpers {
             }
         }
         Ok(found)
+    }
+}
+
+/// The mark of a function that is being written to; gone with its end, whatever that is.
+struct Young<'h> {
+    helpers: &'h Helpers,
+    function: PciAddress,
+}
+
+impl<'h> Young<'h> {
+    fn enter(helpers: &'h Helpers, function: PciAddress) -> Result<Self, KernelError> {
+        if helpers.young().insert(function) {
+            return Ok(Self { helpers, function });
+        }
+        // The caller has the function's turn, so this does not happen; it must not be two.
+        Err(KernelError::Helper {
+            function,
+            detail: "another write to it is under way".to_owned(),
+        })
+    }
+}
+
+impl Drop for Young<'_> {
+    fn drop(&mut self) {
+        self.helpers.young().remove(&self.function);
+    }
+}
+
+/// What a helper is told when it is where it belongs.
+const GO: &[u8] = b"go";
+
+/// Moves the helper into its cgroup and has it write.
+fn send(child: &mut Child, cgroup: &Path) -> Result<(), KernelError> {
+    let procs = cgroup.join("cgroup.procs");
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&procs)
+        .and_then(|mut file| file.write_all(child.id().to_string().as_bytes()))
+        .map_err(|e| KernelError::file("move a helper by", &procs, e))?;
+    let told = match child.stdin.take() {
+        Some(mut stdin) => stdin.write_all(GO),
+        None => Err(io::Error::other("it has no input")),
+    };
+    told.map_err(|e| KernelError::file("have a helper of", cgroup, e))
+}
+
+/// Waits for the helper's end, on a thread of its own: it may come much later.
+fn reap(mut child: Child) {
+    // Its input is closed with this: one that was not told to write ends.
+    drop(child.stdin.take());
+    let waits = std::thread::Builder::new().name("helper".to_owned());
+    if let Err(error) = waits.spawn(move || child.wait()) {
+        tracing::warn!(%error, "nobody waits for a helper; it stays a zombie when it ends");
     }
 }
 
@@ -208,25 +250,23 @@ fn answer(child: &mut Child, limit: Duration) -> io::Result<Option<String>> {
     }
 }
 
-/// The helper's part: moves itself into `cgroup`, then writes. Says the errno of a refused
-/// write, or words if it did not come to it.
+/// The helper's part: waits for the word, then writes. Says the errno of a refused write, or
+/// words if it did not come to it.
 ///
 /// # Errors
 /// Whatever failed; it was said.
-pub fn run(cgroup: &Path, path: &Path, text: &str) -> Result<(), io::Error> {
-    let say = |words: String| {
-        // Whoever asked may be gone.
-        let _ = io::stdout().write_all(words.as_bytes());
-    };
-    let put = |path: &Path, text: &str| {
+pub fn run(path: &Path, text: &str) -> Result<(), io::Error> {
+    io::stdin().read_exact(&mut [0; GO.len()])?;
+    let write = || {
         let mut file = fs::OpenOptions::new().write(true).open(path)?;
         file.write_all(text.as_bytes())
     };
-    // 0 stands for the writer.
-    put(&cgroup.join("cgroup.procs"), "0")
-        .inspect_err(|e| say(format!("cannot move into {}: {e}", cgroup.display())))?;
-    put(path, text).inspect_err(|e| match e.raw_os_error() {
-        Some(errno) => say(errno.to_string()),
-        None => say(e.to_string()),
+    write().inspect_err(|error: &io::Error| {
+        let words = match error.raw_os_error() {
+            Some(errno) => errno.to_string(),
+            None => error.to_string(),
+        };
+        // Whoever asked may be gone.
+        let _ = io::stdout().write_all(words.as_bytes());
     })
 }

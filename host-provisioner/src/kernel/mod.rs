@@ -101,7 +101,8 @@ pub trait Kernel: Send + Sync + 'static {
     fn hold_group(&self, group: u32) -> Result<GroupHold, HoldError>;
 
     /// Whether [`Kernel::hold_group`] would succeed: opens the group and lets it
-    /// go. Never the cause of a [`HoldError::Busy`] of another call to this kernel.
+    /// go. Not the cause of a [`HoldError::Busy`] of another call to this kernel, but
+    /// for the moment in which a helper is started: until it runs it has all open files.
     ///
     /// # Errors
     /// Those of [`Kernel::hold_group`].

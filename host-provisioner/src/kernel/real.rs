@@ -89,6 +89,11 @@ impl RealKernel {
         let link = interface
             .as_deref()
             .and_then(|name| usage.links.iter().find(|link| link.name == name));
+        let config = config_space(&device)?;
+        let num_vfs = match config_space::num_vfs(&config) {
+            Some(count) => count,
+            None => sysfs::parse(&device.join("sriov_numvfs"), "a number of VFs")?,
+        };
         let mut facts = PfFacts {
             address: pf,
             vendor: id(&device.join("vendor"))?,
@@ -96,10 +101,10 @@ impl RealKernel {
             driver: sysfs::link_name(&device.join("driver"))?,
             mac: link.and_then(|link| link.mac),
             permanent_mac: link.and_then(|link| link.permanent_mac),
-            serial: serial(&device)?,
+            serial: config_space::serial_number(&config),
             slot: self.slot(pf)?,
             total_vfs: sysfs::parse(&device.join("sriov_totalvfs"), "a number of VFs")?,
-            num_vfs: sysfs::parse(&device.join("sriov_numvfs"), "a number of VFs")?,
+            num_vfs,
             numa_node: numa_node(&device)?,
             iommu_group,
             group_members,
@@ -380,11 +385,11 @@ fn numa_node(device: &Path) -> Result<Option<u16>, KernelError> {
 }
 
 /// The serial number, from the configuration space.
-fn serial(device: &Path) -> Result<Option<String>, KernelError> {
+fn config_space(device: &Path) -> Result<Vec<u8>, KernelError> {
     let path = device.join("config");
     match fs::read(&path) {
-        Ok(config) => Ok(config_space::serial_number(&config)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Ok(config) => Ok(config),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(KernelError::file("read", &path, error)),
     }
 }

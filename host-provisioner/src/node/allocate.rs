@@ -196,6 +196,31 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
     Ok(Ok(claim))
 }
 
+/// Whether the PF is still ours to write to for a claim's sake: consent may have gone, and the
+/// host may have begun to use it, since the claim chose it.
+pub fn may_write(agent: &Agent, name: &str, pf: &PfFacts) -> Result<(), Wait> {
+    let objects = agent.functions.state();
+    let object = objects
+        .iter()
+        .find(|o| o.metadata.name.as_deref() == Some(name));
+    if !object.is_some_and(|o| o.spec.managed) {
+        return Err(Wait {
+            reason: reason::NOT_MANAGED,
+            message: format!(
+                "{name} is no longer managed; nothing more is done to its VFs until an \
+                 administrator sets spec.managed again"
+            ),
+        });
+    }
+    match &pf.in_use_by_host {
+        Some(words) => Err(Wait {
+            reason: reason::IN_USE_BY_HOST,
+            message: format!("{name} carries the host's own traffic ({words}); it is left alone"),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// How many VFs the claim's PF is to be given so that the claim's VF exists, by
 /// the planner; `None` when it exists by now; a wait when the count cannot change
 /// now. The caller has the PF's turn.
@@ -218,21 +243,8 @@ pub async fn creation(agent: &Agent, claim: &VFClaim) -> StepResult<Option<(PfFa
     if view.is_some_and(|view| view.existing().any(|vf| vf.index == device.vf_index)) {
         return Ok(Ok(None));
     }
-    // Consent may have gone, and the host may have begun to use the PF, since
-    // the claim chose it.
-    if let Some(view) = view
-        && !view.managed
-    {
-        return Ok(Err(Wait {
-            reason: reason::NOT_MANAGED,
-            message: format!("{name} is no longer managed; its VFs are not made"),
-        }));
-    }
-    if let Some(words) = &facts.in_use_by_host {
-        return Ok(Err(Wait {
-            reason: reason::IN_USE_BY_HOST,
-            message: format!("{name} carries the host's own traffic ({words}); it is left alone"),
-        }));
+    if let Err(wait) = may_write(agent, &name, &facts) {
+        return Ok(Err(wait));
     }
     match choose(&views, &wish) {
         Ok(Choice {

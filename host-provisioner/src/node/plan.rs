@@ -294,7 +294,10 @@ fn lost(vf: &VfSeen) -> String {
         Vf::Driverless | Vf::OtherDriver(_) => {
             "its VF was taken from vfio-pci on the host by somebody else"
         }
-        Vf::VfioFree | Vf::VfioHeld | Vf::Stuck(_) => {
+        Vf::VfioHeld => {
+            "the guest ejected it, somebody unplugged it at QEMU's monitor, or its VF is being taken from vfio-pci on the host"
+        }
+        Vf::VfioFree | Vf::Stuck(_) => {
             "the guest ejected it, or somebody unplugged it at QEMU's monitor"
         }
     };

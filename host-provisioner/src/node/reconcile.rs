@@ -180,7 +180,7 @@ impl Walk {
             Step::LookAtQemu => self.look_at_qemu().await?,
             Step::Allocate => return self.allocate().await,
             Step::CreateVfs => return self.create_vfs().await,
-            Step::Prepare => self.prepare().await?,
+            Step::Prepare => return self.prepare().await,
             Step::RecordAttachment => return self.record_attachment().await,
             Step::Plug => return self.plug().await,
             Step::AwaitGuest => {
@@ -310,10 +310,13 @@ impl Walk {
         Ok(None)
     }
 
-    async fn prepare(&mut self) -> Result<(), ReconcileError> {
+    async fn prepare(&mut self) -> Result<Option<End>, ReconcileError> {
         let device = self.recorded_device()?.clone();
         let _turn = self.agent.pf_turns.take(&device.physical_function).await;
         let pf = self.pf().await?;
+        if let Err(wait) = allocate::may_write(&self.agent, &device.physical_function, &pf) {
+            return Ok(Some(self.wait(wait)));
+        }
         let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, config = %want, "preparing");
         let done = vf::blocking(&self.agent.kernel, move |kernel| {
@@ -327,7 +330,7 @@ impl Walk {
             configured: true,
             clean: false,
         });
-        Ok(())
+        Ok(None)
     }
 
     /// The device as the claim is to record it, from the kernel when this

@@ -177,16 +177,14 @@ async fn watch_functions(
     tokio::spawn(async move {
         let generations = stream.take_until(stop.cancelled_owned());
         futures::pin_mut!(generations);
-        let mut last = std::collections::HashMap::new();
+        let mut specs = Specs::default();
         while let Some(seen) = generations.next().await {
             match seen {
-                // Our own reports change the status alone and wake nobody.
                 Ok(pf) => {
-                    let generation = pf.metadata.generation;
                     // The store has taken the event in: what it lacks was deleted.
-                    let gone = known.get(&reflector::ObjectRef::from_obj(&pf)).is_none();
-                    let name = pf.metadata.name.unwrap_or_default();
-                    if last.insert(name, generation) != Some(generation) || gone {
+                    let there = known.get(&reflector::ObjectRef::from_obj(&pf)).is_some();
+                    let generation = there.then_some(pf.metadata.generation).flatten();
+                    if specs.changed(pf.metadata.name.unwrap_or_default(), generation) {
                         changed.send_replace(());
                     }
                 }
@@ -199,6 +197,24 @@ async fn watch_functions(
         .await
         .map_err(|_| NodeError::NoFunctions)?;
     Ok(store)
+}
+
+/// The generation of each object's spec that was seen last.
+#[derive(Default)]
+struct Specs(std::collections::HashMap<String, i64>);
+
+impl Specs {
+    /// Whether an object is new, has another spec than when it was seen last, or is gone
+    /// (`None`). Our own reports change the status alone and wake nobody.
+    fn changed(&mut self, name: String, generation: Option<i64>) -> bool {
+        match generation {
+            Some(now) => self.0.insert(name, now) != Some(now),
+            None => {
+                self.0.remove(&name);
+                true
+            }
+        }
+    }
 }
 
 /// Enters every claim of this node from a consistent LIST.
@@ -279,4 +295,22 @@ fn changes_of(changed: watch::Receiver<()>) -> impl futures::Stream<Item = ()> {
     stream::unfold(changed, |mut changed| async move {
         changed.changed().await.ok().map(|()| ((), changed))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spec_is_news_once_and_a_deletion_is_news() {
+        let mut specs = Specs::default();
+        let mut changed = |generation| specs.changed("pf".into(), generation);
+        assert!(changed(Some(1)), "it is new");
+        assert!(!changed(Some(1)), "our own report");
+        assert!(changed(Some(2)), "an administrator's word");
+        assert!(changed(None), "somebody deleted it");
+        // Made anew by us, with the generation that it had when it was new before.
+        assert!(changed(Some(1)));
+        assert!(!changed(Some(1)));
+    }
 }

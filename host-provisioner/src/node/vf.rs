@@ -56,7 +56,10 @@ where
 /// `None` for a write that has not come back: the next look says so, in the claim's terms.
 pub fn unless_stuck<T>(done: Result<T, VfError>) -> Result<Option<T>, VfError> {
     match done {
-        Err(VfError::Kernel(error @ KernelError::Stuck { .. })) => {
+        Err(
+            VfError::Kernel(error @ KernelError::Stuck { .. })
+            | VfError::Driver(DriverError::Kernel(error @ KernelError::Stuck { .. })),
+        ) => {
             tracing::error!(%error, "left to the helper");
             Ok(None)
         }
@@ -189,12 +192,10 @@ pub fn prepare(
     })?;
     isolated(kernel, pf, &vf)?;
     let held = prove_free(kernel, &vf)?;
-    if held.is_some() {
-        // A VF that was given back is driverless. One on vfio-pci was left by a claim that let
-        // go of it while somebody else had its group: nobody has cleaned it since. Before the
-        // settings, which tell a successor that this was done.
-        kernel.reset_function(vf.address)?;
-    }
+    // Whose it was since it was cleaned is not known: somebody of the host may have used it, and
+    // vfio-pci does not reset what is taken from it meanwhile. Before the settings, which tell a
+    // successor that this was done.
+    kernel.reset_function(vf.address)?;
     driver(pf)?.setup(kernel, pf, &vf, want)?;
     reach(Point::Configured);
     let held = match held {

@@ -68,6 +68,7 @@ pub(super) struct State {
     /// Functions about which a write has not come back.
     pub stuck: BTreeMap<PciAddress, Stuck>,
     pub stick_at_unbind: bool,
+    pub stick_at_create: bool,
     pub boots: u64,
     pub failures: Vec<(&'static str, i32)>,
     /// Who wants to be told of changes.

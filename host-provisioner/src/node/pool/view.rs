@@ -95,9 +95,8 @@ pub struct PfView {
 }
 
 /// The groups that tell whether an unclaimed VF is free: those of VFs on
-/// vfio-pci, and of VFs without a driver that have theirs for themselves (one that
-/// is being taken from vfio-pci, and whose user has not let go, is shown without
-/// one), of which no member is claimed. A claimed VF's group is never
+/// vfio-pci, and of VFs without a driver (one that is being taken from vfio-pci, and
+/// whose user has not let go, is shown without one), of which no member is claimed. A claimed VF's group is never
 /// probed: the open is exclusive, so the probe could make QEMU's own fail.
 #[must_use]
 pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
@@ -109,10 +108,7 @@ pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
         .collect();
     let mut groups: Vec<u32> = vfs
         .iter()
-        .filter(|vf| match vf.driver.as_deref() {
-            Some(driver) => driver == VFIO_PCI,
-            None => vf.group_members.len() == 1,
-        })
+        .filter(|vf| vf.driver.as_deref().is_none_or(|driver| driver == VFIO_PCI))
         .filter_map(|vf| vf.iommu_group)
         .filter(|group| !taken.contains(group))
         .collect();

@@ -176,3 +176,47 @@ async fn an_unbind_that_does_not_come_back_holds_its_claim_and_no_other() {
     assert!(stage.now(&claim).await.status.unwrap().device.is_none());
     assert_eq!(stage.kernel.violations(), Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pf_that_the_host_uses_meanwhile_is_not_written_to() {
+    let stage = Stage::new().await;
+    let claim = stage.claim(MAC).await;
+    // Chosen, and nothing done to it yet.
+    stage.kernel.fail_next("bind_vfio", libc::EIO);
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let pf = stage.pf.address;
+    stage.kernel.use_by_host(pf, Some("default route"));
+    let written = stage.kernel.writes();
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let held = stage.now(&claim).await;
+    assert_eq!(
+        says(&held, type_::PREPARED),
+        ("False", reason::IN_USE_BY_HOST)
+    );
+    assert_eq!(stage.kernel.writes(), written);
+
+    stage.kernel.use_by_host(pf, None);
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let up = stage.now(&claim).await;
+    assert_eq!(says(&up, type_::PREPARED), ("True", reason::PREPARED));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vfs_that_do_not_come_are_waited_for_in_words() {
+    let stage = Stage::new().await;
+    let claim = stage.claim(MAC).await;
+    stage.kernel.stick_at_create();
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let waits = stage.now(&claim).await;
+    assert_eq!(says(&waits, type_::PREPARED), ("False", reason::BROKEN));
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    assert_eq!(counts(&stage), [7], "written again");
+
+    // It came back, and made them.
+    stage.kernel.stick(stage.pf.address, false);
+    stage.kernel.give_vfs(stage.pf.address, 7);
+    reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
+    let up = stage.now(&claim).await;
+    assert_eq!(says(&up, type_::PREPARED), ("True", reason::PREPARED));
+    assert_eq!(counts(&stage), [7]);
+}

@@ -1,0 +1,76 @@
+//! What the guest does with its VM while it has a VF.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::FutureExt;
+use k8s_openapi::api::core::v1::Node;
+use kube::Api;
+
+use super::support::far::sh;
+use super::support::site::{L2_NODE, PEER};
+use super::support::stops::{self, Look};
+use super::support::{Lab, Wish, l2, watch};
+use super::{Scenario, scenario, traffic};
+use crate::clusters;
+use crate::wait::Probe;
+
+/// Longest a guest may take to boot again and be a Ready node.
+const BOOT: Duration = Duration::from_secs(400);
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![scenario!(
+        Long,
+        "guest-reboots",
+        "the guest reboots with its VF and then touches most of its memory, all gates closed long before: it finds the VF again as it was granted, and nothing is opened for it",
+        reboots
+    )]
+}
+
+async fn reboots(lab: &Lab<'_>) -> Result<()> {
+    let mac = "02:5f:00:00:75:01";
+    let look = Look::begin(lab, mac).await?;
+    let (claim, before) = lab.attach(&Wish::new("reboots").mac(mac).vlan(750)).await?;
+    look.expect(&claim, stops::ATTACHED).await?;
+    let trace = lab.trace().await?;
+    let boot = sh(&lab.l2, "cat /proc/sys/kernel/random/boot_id").await?;
+    sh(&lab.l2, "systemd-run -q --on-active=1 systemctl reboot").await?;
+    let nodes: Api<Node> = Api::all(lab.guest.clone());
+    watch::until(&nodes, L2_NODE, "the guest to boot again", BOOT, |node| {
+        let node = node.context("the guest's node is gone")?;
+        let info = node.status.as_ref().and_then(|s| s.node_info.as_ref());
+        let now = info.map(|i| i.boot_id.as_str()).unwrap_or_default();
+        Ok(match clusters::not_ready(node) {
+            None if now != boot.trim() => Probe::Ready(()),
+            why => Probe::NotYet(format!("boot {now}, {why:?}")),
+        })
+    })
+    .await?;
+    // QEMU has mapped the guest's memory for the device again, with nothing open.
+    look.expect(&claim, stops::ATTACHED).await?;
+    l2::bound(&lab.l2, &before.guest_address).await?;
+    touch_memory(lab).await?;
+    let after = lab.ready(&claim).await?;
+    ensure!(
+        after.guest_address == before.guest_address && after.vf == before.vf,
+        "the guest had {before:?} and has {after:?}"
+    );
+    lab.switch.reset().await?;
+    let net = traffic::net(lab, &after, 0).await?;
+    net.ping(&lab.l2, PEER, 3, Duration::from_secs(30)).await?;
+    look.expect(&claim, stops::ATTACHED).await?;
+    let written = lab.trace().await?;
+    ensure!(written == trace, "something was written to VFs meanwhile");
+    lab.release(&claim).await?;
+    look.expect(&claim, stops::RELEASED).await
+}
+
+/// Has the guest use three quarters of the memory that it has to spare: dd fills one buffer
+/// of that size.
+async fn touch_memory(lab: &Lab<'_>) -> Result<()> {
+    let script = "while read -r k kib _; do [[ $k == MemAvailable: ]] && break; done </proc/meminfo
+n=$((kib * 768)); dd if=/dev/zero of=/dev/null bs=$n count=1 iflag=fullblock 2>&1 | grep -o \"^$n bytes\"";
+    let said = sh(&lab.l2, script).await?;
+    ensure!(said.ends_with("bytes"), "the guest said {said:?}");
+    Ok(())
+}
