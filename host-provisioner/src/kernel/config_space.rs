@@ -28,8 +28,9 @@ pub(super) fn serial_number(config: &[u8]) -> Option<String> {
 /// The number of VFs that the function has; `None` when it cannot have any or the space could
 /// not be read.
 ///
-/// Not from `sriov_numvfs`: Linux 5.5 to 6.8 let its readers wait, uninterruptible, for whoever
-/// writes to it (drivers/pci/iov.c, `sriov_numvfs_show`), and a write may not come back.
+/// Not from `sriov_numvfs`: on some kernels its readers wait, uninterruptible, for whoever writes
+/// to it (drivers/pci/iov.c, `sriov_numvfs_show`; Linux commit 35ff867b7657, reverted later), and
+/// a write may not come back.
 #[must_use]
 pub(super) fn num_vfs(config: &[u8]) -> Option<u16> {
     let offset = capability(config, SRIOV)?;

@@ -68,7 +68,7 @@ pub enum KernelError {
     },
     /// A write that waits in the kernel for whoever uses the device.
     #[error(
-        "the kernel has not come back from a write about {function}: it waits for whoever uses that device (process {} of the host waits for it)",
+        "the kernel has not come back from a write about {function}, for which process {} of the host waits: somebody still uses that device, or the card is slow",
         .stuck.pid
     )]
     Stuck { function: PciAddress, stuck: Stuck },

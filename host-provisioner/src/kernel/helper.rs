@@ -1,10 +1,11 @@
 //! Kernel writes that may not come back, each made by a process of its own.
 //!
-//! Taking a device from vfio-pci waits without end for whoever uses it (drivers/vfio/vfio_main.c,
-//! `vfio_unregister_group_dev`), and a card's firmware makes VFs in its own time. A thread that waits like
-//! that cannot be killed, and as long as it waits its process does not end and its pod is
-//! not replaced. Such a write is therefore made by this program started once more
-//! ([`run`]), in a cgroup outside of the pod: one for each PCI function, named after it.
+//! Taking a device from vfio-pci waits without end for whoever uses it
+//! (drivers/vfio/vfio_main.c, `vfio_unregister_group_dev`), and a card's firmware makes VFs in
+//! its own time. A thread that waits like that cannot be killed, and as long as it waits its
+//! process does not end and its pod is not replaced. Such a write is therefore made by this
+//! program started once more ([`run`]), in a cgroup outside of the pod: one for each PCI
+//! function, named after it.
 //!
 //! The cgroups are the record. Who finds one with a process in it knows that a write to that
 //! function has not come back, also when its predecessor made it.

@@ -89,7 +89,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// shows of one is not what there is, and nothing about it may be decided or written.
     fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError>;
 
-    /// Function level reset. The caller holds the VF's group.
+    /// Function level reset. The caller has proven that nobody uses the VF, and holds
+    /// its group where it is on vfio-pci.
     fn reset_function(&self, vf: PciAddress) -> Result<(), KernelError>;
 
     /// Opens `/dev/vfio/<group>`, which one process can at a time, and keeps it

@@ -384,7 +384,7 @@ fn numa_node(device: &Path) -> Result<Option<u16>, KernelError> {
     Ok(text.and_then(|text| text.parse().ok()))
 }
 
-/// The serial number, from the configuration space.
+/// As much of the configuration space as may be read; nothing without the file.
 fn config_space(device: &Path) -> Result<Vec<u8>, KernelError> {
     let path = device.join("config");
     match fs::read(&path) {
