@@ -1,6 +1,6 @@
 //! Runs the tests: cargo's own first, then the scenarios, and counts them as one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -47,48 +47,90 @@ pub(crate) fn cargo() -> Cmd {
     Cmd::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
+/// A package whose tests wait rather than compute (looks of a minute apart): they run beside
+/// all others.
+const WAITS: &str = "guest-syncer";
+
 /// Runs `cargo test` of the workspace with the API server's programs at hand.
 pub fn unit(paths: &Paths) -> Result<Count> {
-    let log = paths.run_logs().join("cargo-test.log");
     // The monitor's tests talk to a real QEMU, the netlink tests use ip, the initramfs's cpio,
     // those of the mutants git.
     debian::ensure(paths, &["iproute2", "qemu-system-x86", "cpio", "git"])?;
-    let out = progress::step("unit and API-server tests (cargo test --workspace)", |_| {
-        cargo()
-            .args(["test", "--workspace", "--no-fail-fast", "--color=never"])
-            .cwd(paths.source())
-            .env("KUBEBUILDER_ASSETS", tools::assets(paths))
-            .stdout_file(&log)
-            .timeout(UNIT)
-            .status()
-    })?;
-    let text = std::fs::read_to_string(&log).with_context(|| log.display().to_string())?;
-    let seen = read_libtest(&text);
-    for name in &seen.failures {
-        progress::line(&format!("FAILED {name}"));
-    }
-    if seen.ignored > 0 {
-        progress::line(&format!(
-            "{} tests are ignored: they count as failed",
-            seen.ignored
-        ));
-    }
-    let mut count = Count {
-        failed: seen.count.failed + seen.ignored,
-        ..seen.count
-    };
-    if !out.status.success() {
-        progress::line(&format!("cargo test {}; see {}", out.status, log.display()));
-        if count.failed == 0 {
-            // It did not compile, or a test program died before it could count.
-            count.failed = 1;
-            progress::line(&last_lines(&String::from_utf8_lossy(&out.stderr), 30));
+    let most = ["--workspace", "--exclude", WAITS];
+    let rest = ["--package", WAITS];
+    let count = progress::step("unit and API-server tests (cargo test --workspace)", |_| {
+        // First, so that neither waits for the other's compiler.
+        for which in [&most[..], &rest[..]] {
+            let built = tests(paths, "cargo-test-build", &[which, &["--no-run"]].concat())?;
+            if !built.status.success() {
+                return Ok(built.count());
+            }
         }
-    } else if count.passed == 0 {
-        anyhow::bail!("cargo test ran nothing; see {}", log.display());
-    }
+        let (most, rest) = std::thread::scope(|scope| {
+            let beside = scope.spawn(|| tests(paths, "cargo-test-waiting", &rest));
+            let most = tests(paths, "cargo-test", &most);
+            (most, beside.join())
+        });
+        let rest = rest.map_err(|_| anyhow::anyhow!("the thread of {WAITS}'s tests panicked"))?;
+        Ok::<_, anyhow::Error>(most?.count().and(rest?.count()))
+    })?;
+    anyhow::ensure!(count != Count::default(), "cargo test ran nothing");
     progress::line(&format!("cargo's tests: {}", count.line()));
     Ok(count)
+}
+
+/// What a `cargo test` did.
+struct Tested {
+    status: std::process::ExitStatus,
+    seen: Seen,
+    log: PathBuf,
+    stderr: String,
+}
+
+fn tests(paths: &Paths, log: &str, which: &[&str]) -> Result<Tested> {
+    let log = paths.run_logs().join(format!("{log}.log"));
+    let out = cargo()
+        .args(["test", "--no-fail-fast", "--color=never"])
+        .args(which)
+        .cwd(paths.source())
+        .env("KUBEBUILDER_ASSETS", tools::assets(paths))
+        .stdout_file(&log)
+        .timeout(UNIT)
+        .status()?;
+    let text = std::fs::read_to_string(&log).with_context(|| log.display().to_string())?;
+    Ok(Tested {
+        status: out.status,
+        seen: read_libtest(&text),
+        stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+        log,
+    })
+}
+
+impl Tested {
+    /// Its tests; what failed is said.
+    fn count(self) -> Count {
+        for name in &self.seen.failures {
+            progress::line(&format!("FAILED {name}"));
+        }
+        if self.seen.ignored > 0 {
+            progress::line(&format!(
+                "{} tests are ignored: they count as failed",
+                self.seen.ignored
+            ));
+        }
+        let mut count = self.seen.count;
+        count.failed += self.seen.ignored;
+        if !self.status.success() {
+            let log = self.log.display();
+            progress::line(&format!("cargo test {}; see {log}", self.status));
+            if count.failed == 0 {
+                // It did not compile, or a test program died before it could count.
+                count.failed = 1;
+                progress::line(&last_lines(&self.stderr, 30));
+            }
+        }
+        count
+    }
 }
 
 fn last_lines(text: &str, n: usize) -> String {

@@ -24,6 +24,7 @@ const TELL: Duration = Duration::from_secs(60);
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!(
+            Long,
             "foreign-holder-left-alone",
             "a process of nobody's has the groups of six VFs open: they are Foreign, claims get the seventh, nothing is written to the six, also not by a restarted agent",
             foreign_holder
