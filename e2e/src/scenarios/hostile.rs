@@ -88,7 +88,9 @@ async fn unbind_hangs(lab: &Lab<'_>) -> Result<()> {
     stops::go_on(lab).await?;
 
     let words = lab.host_event(&claim, reason::BROKEN).await?;
-    let helper = helper(lab, &had.vf).await?.context("no helper waits")?;
+    let helper = self::helper(lab, &had.vf)
+        .await?
+        .context("no helper waits")?;
     ensure!(
         words.contains(&format!("process {helper} of the host")),
         "the event names another process than {helper}: {words:?}"
@@ -116,7 +118,7 @@ async fn unbind_hangs(lab: &Lab<'_>) -> Result<()> {
     let device = still.status.and_then(|s| s.device);
     ensure!(device.is_some(), "the claim let go of a VF that is in use");
     ensure!(
-        helper_is(lab, &had.vf, helper).await?,
+        self::helper(lab, &had.vf).await? == Some(helper),
         "it is not helper {helper} that waits"
     );
 
@@ -139,10 +141,6 @@ async fn helper(lab: &Lab<'_>, function: &str) -> Result<Option<u32>> {
     let said = sh(&lab.l1, &script).await?;
     let first = said.lines().next();
     first.map(|pid| pid.parse().context("a pid")).transpose()
-}
-
-async fn helper_is(lab: &Lab<'_>, function: &str, pid: u32) -> Result<bool> {
-    Ok(helper(lab, function).await? == Some(pid))
 }
 
 async fn broken(lab: &Lab<'_>, count: usize) -> Result<()> {

@@ -22,8 +22,8 @@ use super::{
     VFIO_PCI, VfConfig, VfFacts, Watcher,
 };
 
-use state::State;
 pub use state::Write;
+use state::{HELPER, State};
 
 /// [`Kernel`] in memory; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -125,21 +125,17 @@ impl FakeKernel {
     pub fn stick(&self, function: PciAddress, stuck: bool) {
         let mut state = self.lock();
         if stuck {
-            state.stuck.insert(function, Stuck { pid: 4711 });
+            state.stuck.insert(function, HELPER);
         } else {
             state.stuck.remove(&function);
         }
     }
 
-    /// The next unbinding finds that somebody has taken the VF a moment before: it waits in
-    /// the kernel, which shows no driver any more, until [`FakeKernel::stick`] ends it.
-    pub fn stick_at_unbind(&self) {
-        self.lock().stick_at_unbind = true;
-    }
-
-    /// The next making of VFs does not come back, until [`FakeKernel::stick`] ends it.
-    pub fn stick_at_create(&self) {
-        self.lock().stick_at_create = true;
+    /// The next call of this name, `unbind` or `set_num_vfs`, does not come back until
+    /// [`FakeKernel::stick`] ends it: somebody has taken the VF a moment before, and the kernel
+    /// shows no driver any more; or the card has not made its VFs yet.
+    pub fn stick_next(&self, call: &'static str) {
+        self.lock().sticking.insert(call);
     }
 
     /// How many watch.
@@ -270,14 +266,7 @@ impl Kernel for FakeKernel {
             return Err(refused(&action, path, libc::EBUSY));
         }
         state.writes.push(Write::NumVfs { pf, count });
-        if std::mem::take(&mut state.stick_at_create) {
-            let stuck = Stuck { pid: 4711 };
-            state.stuck.insert(pf, stuck);
-            return Err(KernelError::Stuck {
-                function: pf,
-                stuck,
-            });
-        }
+        state.due_stick("set_num_vfs", pf)?;
         let got = state.resize(pf, count);
         if got == count {
             return Ok(());
@@ -379,15 +368,7 @@ impl Kernel for FakeKernel {
         state.note_use(vf, "unbind");
         state.vf(vf)?.facts.driver = None;
         state.writes.push(Write::Unbind(vf));
-        if std::mem::take(&mut state.stick_at_unbind) {
-            let stuck = Stuck { pid: 4711 };
-            state.stuck.insert(vf, stuck);
-            return Err(KernelError::Stuck {
-                function: vf,
-                stuck,
-            });
-        }
-        Ok(())
+        state.due_stick("unbind", vf)
     }
 
     fn stuck(&self) -> Result<BTreeMap<PciAddress, Stuck>, KernelError> {

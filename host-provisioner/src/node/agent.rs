@@ -59,6 +59,12 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// The `PhysicalFunction` of this node that has this name, as the watch knows it.
+    #[must_use]
+    pub fn function(&self, name: &str) -> Option<Arc<PhysicalFunction>> {
+        self.functions.get(&ObjectRef::new(name))
+    }
+
     /// Tells what waits for the pool that it changed.
     pub fn tell_pool_changed(&self) {
         self.pool_changed.send_replace(());

@@ -100,19 +100,16 @@ fn one(
 /// The planners' view of a snapshot, with the ledger as it is now.
 #[must_use]
 pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<PfView> {
-    let objects = agent.functions.state();
     snapshots
         .iter()
         .map(|snapshot| {
-            let object = objects
-                .iter()
-                .find(|o| o.metadata.name.as_deref() == Some(&*snapshot.name));
+            let object = agent.function(&snapshot.name);
             PfView::new(PfInput {
                 name: snapshot.name.clone(),
                 facts: snapshot.facts.clone(),
                 vfs: snapshot.vfs.clone(),
-                managed: object.is_some_and(|o| o.spec.managed),
-                desired: object.and_then(|o| o.spec.num_vfs),
+                managed: object.as_ref().is_some_and(|o| o.spec.managed),
+                desired: object.as_ref().and_then(|o| o.spec.num_vfs),
                 holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),
@@ -199,11 +196,7 @@ pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> Ste
 /// Whether the PF is still ours to write to for a claim's sake: consent may have gone, and the
 /// host may have begun to use it, since the claim chose it.
 pub fn may_write(agent: &Agent, name: &str, pf: &PfFacts) -> Result<(), Wait> {
-    let objects = agent.functions.state();
-    let object = objects
-        .iter()
-        .find(|o| o.metadata.name.as_deref() == Some(name));
-    if !object.is_some_and(|o| o.spec.managed) {
+    if !agent.function(name).is_some_and(|o| o.spec.managed) {
         return Err(Wait {
             reason: reason::NOT_MANAGED,
             message: format!(

@@ -161,9 +161,8 @@ fn mac_user(pf: &PfView, wish: &Wish) -> Option<MacUser> {
     if let Some(holder) = pf.holders().find(|holder| holder.mac == Some(mac)) {
         return Some(MacUser::Claim(Box::new(holder.clone())));
     }
-    pf.vfs
-        .iter()
-        .find(|vf| vf.holders.is_empty() && vf.state != VfState::Free && vf.mac == Some(mac))
+    others(pf)
+        .find(|vf| vf.mac == Some(mac))
         .map(|vf| MacUser::Foreign(vf.index))
 }
 
@@ -265,16 +264,16 @@ fn pool_size(pf: &PfView, wish: &Wish) -> u16 {
 fn no_free_vf(pf: &PfView) -> Refusal {
     Refusal::NoFreeVf {
         existing: pf.existing().count(),
-        foreign: others(pf),
+        foreign: others(pf).count(),
         total: pf.facts.total_vfs,
         holders: pf.holders().cloned().collect(),
     }
 }
 
 /// VFs that no claim names and that are not ours to give.
-fn others(pf: &PfView) -> usize {
+fn others(pf: &PfView) -> impl Iterator<Item = &VfView> {
     let unclaimed = pf.vfs.iter().filter(|vf| vf.holders.is_empty());
-    unclaimed.filter(|vf| vf.state != VfState::Free).count()
+    unclaimed.filter(|vf| vf.state != VfState::Free)
 }
 
 /// What is to be done about `spec.numVFs` now.
@@ -316,6 +315,6 @@ pub fn resize(pf: &PfView) -> Resize {
         from,
         to,
         holders: pf.holders().cloned().collect(),
-        foreign: others(pf),
+        foreign: others(pf).count(),
     }
 }

@@ -84,12 +84,7 @@ async fn function(
     api: &Api<PhysicalFunction>,
     view: &PfView,
 ) -> Result<(), ReconcileError> {
-    let known = agent
-        .functions
-        .state()
-        .into_iter()
-        .find(|o| o.metadata.name.as_deref() == Some(view.name.as_str()));
-    let object = match known {
+    let object = match agent.function(&view.name) {
         Some(object) => Arc::unwrap_or_clone(object),
         None => {
             let spec = inventory::new_spec(&agent.node_name, &view.facts);

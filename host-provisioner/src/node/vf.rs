@@ -102,7 +102,7 @@ pub fn look(
         return Ok(unread(Vf::Stuck(words)));
     }
     let state = match vf.driver.as_deref() {
-        None if being_taken(kernel, &vf)? => Vf::VfioHeld,
+        None if held_while_taken(kernel, &vf)?.is_some() => Vf::VfioHeld,
         None => Vf::Driverless,
         Some(VFIO_PCI) => {
             let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
@@ -123,17 +123,17 @@ pub fn look(
     })
 }
 
-/// Whether a VF without a driver is used all the same. The kernel shows it without one from
+/// The group of a VF without a driver that is used all the same. The kernel shows it without one from
 /// the moment in which it is taken from vfio-pci, and then waits for its user
 /// (drivers/base/dd.c, `__device_release_driver`); its group keeps its node until then.
-fn being_taken(kernel: &dyn Kernel, vf: &VfFacts) -> Result<bool, VfError> {
+fn held_while_taken(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<u32>, VfError> {
     let Some(group) = vf.iommu_group.filter(|_| vf.group_members.len() == 1) else {
         // With others in the group, it may be theirs that is open.
-        return Ok(false);
+        return Ok(None);
     };
     match kernel.probe_group(group) {
-        Ok(()) | Err(HoldError::NoDevice { .. }) => Ok(false),
-        Err(HoldError::Busy { .. }) => Ok(true),
+        Ok(()) | Err(HoldError::NoDevice { .. }) => Ok(None),
+        Err(HoldError::Busy { .. }) => Ok(Some(group)),
         Err(HoldError::Kernel(error)) => Err(error.into()),
     }
 }
@@ -142,11 +142,10 @@ fn being_taken(kernel: &dyn Kernel, vf: &VfFacts) -> Result<bool, VfError> {
 /// driverless, which is free as well.
 fn prove_free(kernel: &dyn Kernel, vf: &VfFacts) -> Result<Option<GroupHold>, VfError> {
     match vf.driver.as_deref() {
-        None if being_taken(kernel, vf)? => {
-            let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
-            Err(HoldError::Busy { group }.into())
-        }
-        None => Ok(None),
+        None => match held_while_taken(kernel, vf)? {
+            Some(group) => Err(HoldError::Busy { group }.into()),
+            None => Ok(None),
+        },
         Some(VFIO_PCI) => {
             let group = vf.iommu_group.ok_or(VfError::NoGroup(vf.address))?;
             Ok(Some(kernel.hold_group(group)?))

@@ -104,28 +104,24 @@ impl Part {
 
     /// Deletes its pods as an update does, with time to end; the old pods' UIDs.
     pub async fn delete(self, lab: &Lab<'_>) -> Result<Vec<String>> {
-        let mut old = Vec::new();
-        for pod in self.pods(lab).await? {
-            let name = pod.metadata.name.context("a pod without a name")?;
-            self.api(lab)
-                .delete(&name, &DeleteParams::default())
-                .await?;
-            old.extend(pod.metadata.uid);
-        }
-        Ok(old)
+        self.delete_with(lab, &DeleteParams::default()).await
     }
 
     /// Kills it, and deletes its pods so that no back-off is waited for; does not wait.
     pub async fn crash(self, lab: &Lab<'_>) -> Result<Vec<String>> {
         self.kill(lab).await?;
+        let now = DeleteParams {
+            grace_period_seconds: Some(0),
+            ..DeleteParams::default()
+        };
+        self.delete_with(lab, &now).await
+    }
+
+    async fn delete_with(self, lab: &Lab<'_>, how: &DeleteParams) -> Result<Vec<String>> {
         let mut old = Vec::new();
         for pod in self.pods(lab).await? {
             let name = pod.metadata.name.context("a pod without a name")?;
-            let now = DeleteParams {
-                grace_period_seconds: Some(0),
-                ..DeleteParams::default()
-            };
-            self.api(lab).delete(&name, &now).await?;
+            self.api(lab).delete(&name, how).await?;
             old.extend(pod.metadata.uid);
         }
         Ok(old)

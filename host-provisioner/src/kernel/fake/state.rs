@@ -14,6 +14,9 @@ const FIRST_VF_GROUP: u32 = 1000;
 const VF_OFFSET: u32 = 0x80;
 const VF_STRIDE: u32 = 2;
 
+/// Who waits for a write that does not come back.
+pub(super) const HELPER: Stuck = Stuck { pid: 4711 };
+
 /// A root port that does not isolate.
 const PORT: Option<PciAddress> = PciAddress::new(0, 0, 0x1c, 0);
 
@@ -67,8 +70,8 @@ pub(super) struct State {
     pub openings: u64,
     /// Functions about which a write has not come back.
     pub stuck: BTreeMap<PciAddress, Stuck>,
-    pub stick_at_unbind: bool,
-    pub stick_at_create: bool,
+    /// Calls of which the next does not come back.
+    pub sticking: BTreeSet<&'static str>,
     pub boots: u64,
     pub failures: Vec<(&'static str, i32)>,
     /// Who wants to be told of changes.
@@ -105,6 +108,17 @@ impl State {
             Some(errno) => Err(refused(call, path.to_owned(), errno)),
             None => Ok(()),
         }
+    }
+
+    pub fn due_stick(&mut self, call: &str, function: PciAddress) -> Result<(), KernelError> {
+        if !self.sticking.remove(call) {
+            return Ok(());
+        }
+        self.stuck.insert(function, HELPER);
+        Err(KernelError::Stuck {
+            function,
+            stuck: HELPER,
+        })
     }
 
     pub fn pf(&mut self, pf: PciAddress) -> Result<&mut Pf, KernelError> {

@@ -150,7 +150,7 @@ async fn an_unbind_that_does_not_come_back_holds_its_claim_and_no_other() {
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     let device = stage.now(&claim).await.status.unwrap().device.unwrap();
     stage.delete(&claim).await;
-    stage.kernel.stick_at_unbind();
+    stage.kernel.stick_next("unbind");
     let mut due = stage.agent.report_due.subscribe();
     due.mark_unchanged();
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
@@ -205,7 +205,7 @@ async fn a_pf_that_the_host_uses_meanwhile_is_not_written_to() {
 async fn vfs_that_do_not_come_are_waited_for_in_words() {
     let stage = Stage::new().await;
     let claim = stage.claim(MAC).await;
-    stage.kernel.stick_at_create();
+    stage.kernel.stick_next("set_num_vfs");
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     let waits = stage.now(&claim).await;
     assert_eq!(says(&waits, type_::PREPARED), ("False", reason::BROKEN));

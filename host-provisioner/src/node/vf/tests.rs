@@ -69,7 +69,7 @@ fn a_vf_goes_up_and_comes_back_as_it_was() {
 fn a_vf_that_somebody_took_before_it_could_be_unbound_is_nobodys_until_he_lets_go() {
     let (kernel, pf, vf) = filled();
     prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
-    kernel.stick_at_unbind();
+    kernel.stick_next("unbind");
     let cleaned = clean(&kernel, &pf, 2);
     assert!(unless_stuck(cleaned).unwrap().is_none());
     let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
