@@ -293,6 +293,7 @@ async fn run_in(paths: Paths, name: &str, command: &str, seconds: u64) -> Result
 
 async fn up(paths: Paths) -> Result<()> {
     let ctx = Ctx::prepare(paths)?;
+    context::runs(&ctx)?;
     match made(&ctx).await {
         Ok(dc) => {
             print_access(&dc);

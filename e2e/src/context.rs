@@ -74,6 +74,23 @@ impl DataCentre {
     }
 }
 
+/// Whether a data centre runs. What is left of one that was killed, or whose computer was
+/// switched off, is taken down: its clusters would go on with the nodes, pods and VMs of
+/// machines that are no more.
+pub fn runs(ctx: &Ctx) -> Result<bool> {
+    let Some(docker) = Docker::find(&ctx.paths)? else {
+        return Ok(false);
+    };
+    if docker.answers() && !machine::died(&ctx.paths)? {
+        return Ok(true);
+    }
+    progress::line("the data centre that was left is not whole any more: taking it down first");
+    // Its containers are deleted by the engine that made them.
+    docker::up(&ctx.paths, &ctx.tools)?;
+    down(ctx)?;
+    Ok(false)
+}
+
 /// Ends everything that `up` started, also half-started. Goes on after an error and
 /// returns the first.
 pub fn down(ctx: &Ctx) -> Result<()> {

@@ -95,7 +95,9 @@ impl Docker {
         Ok(Some(serde_json::from_slice(&data)?))
     }
 
-    fn answers(&self) -> bool {
+    /// Whether the engine is there, within ten seconds.
+    #[must_use]
+    pub fn answers(&self) -> bool {
         let version = self
             .cmd()
             .args(["version", "-f", "{{.Server.Version}}"])

@@ -3,13 +3,12 @@
 
 use anyhow::Result;
 use e2e::context::{self, Ctx};
-use e2e::docker::Docker;
 use e2e::paths::Paths;
 use e2e::{demo, interrupt, progress};
 
 pub(crate) async fn run(paths: Paths, keep: bool) -> Result<()> {
     let ctx = Ctx::prepare(paths)?;
-    let was_running = Docker::find(&ctx.paths)?.is_some();
+    let was_running = context::runs(&ctx)?;
     let told = story(&ctx, keep).await;
     if !(was_running || keep && told.is_ok()) {
         interrupt::begin_teardown();

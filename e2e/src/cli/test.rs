@@ -3,7 +3,6 @@
 
 use anyhow::Result;
 use e2e::context::{self, Ctx, DataCentre};
-use e2e::docker::Docker;
 use e2e::machine::{self, Pulse};
 use e2e::paths::Paths;
 use e2e::runner::{self, Count, Ran};
@@ -38,7 +37,7 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
     if names.is_empty() {
         count = count.and(runner::unit(&ctx.paths)?);
     }
-    let was_running = Docker::find(&ctx.paths)?.is_some();
+    let was_running = context::runs(&ctx)?;
     let result = hardware(&ctx, &wanted).await;
     // What ran before stays; of its own an interrupted run leaves nothing.
     let stopped = interrupt::requested();
@@ -59,7 +58,7 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
 }
 
 /// How often a run sets its machines up anew after the emulator lost them.
-const ANEW: u32 = 2;
+const ANEW: u32 = 4;
 
 /// Runs the scenarios. One that met the loss of an emulated machine runs again on new ones,
 /// and the run says so; with no try left it has failed, and those after it too.

@@ -275,6 +275,11 @@ pub(super) async fn ready(nodes: &Api<Node>, name: &str) -> Result<Node> {
     .await
 }
 
+/// Whether L1's QEMU was started and does not run.
+pub(super) fn died(paths: &Paths) -> Result<bool> {
+    Ok(Daemon::find(&paths.state(), NODE)?.is_some_and(|d| !d.alive()))
+}
+
 /// Ends QEMU and the switch, and removes the tap, the overlay and the sockets.
 pub(super) fn down(paths: &Paths) -> Result<()> {
     for name in [NODE, "switch"] {

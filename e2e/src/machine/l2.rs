@@ -223,6 +223,13 @@ async fn start_plugin(l1: &L1) -> Result<()> {
 pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Result<L2> {
     let hosts = [host, guest].map(|c| (c.node(), c.address.clone()));
     let xml = domain::xml(vm, &l1.kernel, &hosts);
+    let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
+    let pod = objects::pod_name(&vm.name);
+    if pods.get_opt(&pod).await?.is_none_or(|p| ended(&p)) {
+        // As in KubeVirt, a VMI is over when its launcher is: the next one has a uid and a
+        // status of its own.
+        down(host, guest, &vm.name).await?;
+    }
     let vmi = apply(host, &objects::vmi(vm)).await?;
     let uid = vmi.metadata.uid.context("a VMI without uid")?;
     for object in [
@@ -231,13 +238,6 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
         objects::config(vm, &xml),
     ] {
         apply(host, &object).await?;
-    }
-    let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
-    let pod = objects::pod_name(&vm.name);
-    if pods.get_opt(&pod).await?.is_some_and(|p| ended(&p)) {
-        let api =
-            Api::<DynamicObject>::namespaced_with(host.client(), NAMESPACE, &resource("v1", "Pod"));
-        gone(&api, &pod, &DeleteParams::default()).await?;
     }
     if pods.get_opt(&pod).await?.is_none() {
         // A kubelet that finds the claim unbound looks again after ten seconds only.

@@ -112,6 +112,11 @@ pub fn find(dc: &DataCentre) -> Result<Machine> {
     })
 }
 
+/// Whether L1 ended without having been taken down.
+pub fn died(paths: &Paths) -> Result<bool> {
+    l1::died(paths)
+}
+
 /// Ends L1 and all in it. Works on what was half-started too.
 pub fn down(paths: &Paths) -> Result<()> {
     l1::down(paths)
