@@ -163,6 +163,15 @@ pub enum GuestView {
     Configured { address: PciAddress },
 }
 
+/// A device that QEMU has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plugged {
+    /// The host's function behind it; `None` for a device that is no VFIO one.
+    pub host: Option<PciAddress>,
+    /// Id of the port that it is on.
+    pub port: String,
+}
+
 /// How a request to take a device out ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unplug {
@@ -206,6 +215,9 @@ pub trait Session: Send + Sync + 'static {
 
     /// How far the device has come.
     async fn guest_view(&self, id: &str) -> Result<GuestView, HypervisorError>;
+
+    /// What a device of that id is, if QEMU has one.
+    async fn plugged(&self, id: &str) -> Result<Option<Plugged>, HypervisorError>;
 
     /// Events from now on. `None` items never end it; a lost connection closes it, and the next
     /// call of `events` starts anew.

@@ -120,6 +120,14 @@ pub fn check(machine: &Machine) -> Result<(), Unsupported> {
     Ok(())
 }
 
+/// Whether the VM has no device of that id yet.
+pub fn id_is_free(machine: &Machine, id: &str) -> Result<(), Unsupported> {
+    match machine.peripherals.iter().any(|p| p.id == id) {
+        true => Err(Unsupported::IdTaken(id.to_owned())),
+        false => Ok(()),
+    }
+}
+
 /// Orders `pci.9` before `pci.10`: digits compare as numbers.
 fn natural(id: &str) -> Vec<(String, u64)> {
     let mut parts = Vec::new();

@@ -144,12 +144,16 @@ async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
 ///
 /// The ledger has the choice before the write, in the same critical section in
 /// which it was made, so that two claims never choose one VF.
-pub async fn allocate(agent: &Agent, api: &Api<VFClaim>, claim: &VFClaim) -> StepResult<VFClaim> {
+pub async fn allocate(
+    agent: &Agent,
+    api: &Api<VFClaim>,
+    claim: &VFClaim,
+    snapshots: &[PfSnapshot],
+) -> StepResult<VFClaim> {
     let wish = wish(agent, claim).await?;
-    let (snapshots, _) = snapshot(agent).await?;
     let chosen = {
         let mut ledger = agent.ledger.lock();
-        let chosen = choose(&views(agent, &ledger, &snapshots), &wish);
+        let chosen = choose(&views(agent, &ledger, snapshots), &wish);
         if let Ok(choice) = &chosen {
             ledger.enter(wish.entry(claim, choice))?;
         }

@@ -54,25 +54,26 @@ pub async fn record(
         Ok(port) => port,
         Err(why) => return Ok(Err(refusal(&why))),
     };
-    let vmi_uid = claim
-        .status
-        .as_ref()
-        .and_then(|s| s.launcher.as_ref())
-        .map(|l| l.vmi_uid.clone())
-        .unwrap_or_default();
-    let attachment = AttachmentStatus {
-        vmi_uid,
+    let attachment = attachment(agent, claim, vm, port);
+    let fields = json!({"device": device, "attachment": attachment});
+    let claim = status::decide(api, claim, MANAGER, &fields).await?;
+    reach(Point::AttachmentRecorded);
+    Ok(Ok(claim))
+}
+
+/// The claim's attachment to this QEMU, on that port.
+#[must_use]
+pub fn attachment(agent: &Agent, claim: &VFClaim, vm: &Vm, port: String) -> AttachmentStatus {
+    let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
+    AttachmentStatus {
+        vmi_uid: launcher.map(|l| l.vmi_uid.clone()).unwrap_or_default(),
         pod_uid: vm.process.pod_uid.clone(),
         qemu_device_id: device_id(&claim_identity(claim)),
         port,
         transport: Transport::QmpSocket,
         boot_id: agent.boot_id.clone(),
         qemu_start_time: i64::try_from(vm.process.start_time).unwrap_or(i64::MAX),
-    };
-    let fields = json!({"device": device, "attachment": attachment});
-    let claim = status::decide(api, claim, MANAGER, &fields).await?;
-    reach(Point::AttachmentRecorded);
-    Ok(Ok(claim))
+    }
 }
 
 fn refusal(why: &crate::hypervisor::plan::Unsupported) -> Wait {

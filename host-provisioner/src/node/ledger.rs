@@ -119,11 +119,16 @@ impl Ledger {
     }
 
     /// Enters what the API server says of a claim, or takes it out when the
-    /// claim has no device. The claim must come from a consistent read.
+    /// claim has no device. The claim must come from a consistent read: it also says that
+    /// an earlier claim of its name is gone.
     pub fn observe(&mut self, claim: &VFClaim) -> Result<(), Doubled> {
         let Some(uid) = claim.metadata.uid.as_deref() else {
             return Ok(());
         };
+        let read = claim_ref(claim);
+        self.entries.retain(|of, entry| {
+            of == uid || entry.claim.name != read.name || entry.claim.namespace != read.namespace
+        });
         match Self::entry_of(claim) {
             None => {
                 let may_land = self.entries.get(uid).is_some_and(|entry| {
@@ -316,6 +321,28 @@ mod tests {
         assert!(ledger.of("a").is_some());
         claim.metadata.resource_version = Some("8".into());
         ledger.observe(&claim).unwrap();
+        assert!(ledger.of("a").is_none());
+    }
+
+    #[test]
+    fn one_name_is_one_claims_at_a_time() {
+        let mut ledger = Ledger::default();
+        let of = |uid: &str, name: &str| {
+            let mut entry = entry(uid, 0);
+            entry.claim.name = name.into();
+            entry
+        };
+        let read = |uid: &str, name: &str, namespace: &str| {
+            let mut claim = VFClaim::new(name, common::api::VFClaimSpec::default());
+            claim.metadata.uid = Some(uid.into());
+            claim.metadata.namespace = Some(namespace.into());
+            claim
+        };
+        ledger.enter(of("a", "fast")).unwrap();
+        ledger.observe(&read("b", "slow", "ns")).unwrap();
+        ledger.observe(&read("b", "fast", "elsewhere")).unwrap();
+        assert!(ledger.of("a").is_some());
+        ledger.observe(&read("b", "fast", "ns")).unwrap();
         assert!(ledger.of("a").is_none());
     }
 

@@ -2,7 +2,7 @@
 //!
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
-//! through them; `vf`, `attach`, `release`, `qemu` and `gone` execute; `publish` reports;
+//! through them; `vf`, `attach`, `release`, `qemu`, `left` and `gone` execute; `publish` reports;
 //! `hold` and `listen` tell which claims are to be looked at again.
 
 mod agent;
@@ -13,6 +13,7 @@ mod gone;
 pub mod hold;
 pub mod inventory;
 pub mod ledger;
+mod left;
 mod listen;
 mod lock;
 pub mod plan;

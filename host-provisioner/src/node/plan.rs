@@ -79,6 +79,17 @@ pub enum Qemu {
     Running(InQemu),
 }
 
+/// What the VM's QEMU has of this claim when the claim records nothing: a device that an
+/// earlier copy of it was attached with, whose record is lost (`node/left.rs`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    Nothing,
+    /// The claim's device, on a VF that no other claim names.
+    Device,
+    /// A device under the claim's id of which more is not known; what to say.
+    Unknown(Wait),
+}
+
 /// What the kernel does for a VF that the guest has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Service {
@@ -93,6 +104,7 @@ pub struct Seen {
     pub vf: Option<VfSeen>,
     pub qemu: Option<Qemu>,
     pub service: Option<Service>,
+    pub left: Option<Left>,
 }
 
 /// Why a claim has to wait; becomes a condition.
@@ -107,6 +119,10 @@ pub struct Wait {
 pub enum Step {
     LookAtVf,
     LookAtQemu,
+    /// See whether QEMU has the claim's device already.
+    LookForLeft,
+    /// Record in the claim the device that QEMU has of it, and its attachment.
+    TakeOver,
     /// Choose a VF and record it in the claim.
     Allocate,
     /// Make the PF's VFs; the PF has none.
@@ -155,7 +171,7 @@ fn wait(reason: &'static str, message: impl Into<String>) -> Step {
 #[must_use]
 pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
     if claim.doubled {
-        doubled(claim)
+        doubled(claim, seen)
     } else if claim.deleting {
         release(claim, seen)
     } else {
@@ -163,19 +179,26 @@ pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
     }
 }
 
-/// Two claims name one VF: a predecessor's request was carried out after this agent had read
-/// the claims. Nothing was done for the one that is not attached, and it lets go.
-fn doubled(claim: ClaimFacts) -> Step {
+/// Two claims name one VF, and the other one has it: a predecessor's request was carried out
+/// after this agent had read the claims, or a record was made by hand. One that no QEMU has a
+/// device of lets go, and nothing is done to the VF.
+fn doubled(claim: ClaimFacts, seen: &Seen) -> Step {
     if !claim.device {
         return Step::Rest;
     }
-    if claim.attachment {
-        return wait(
-            reason::CONFLICT,
-            "another claim has the VF that this one names, and this one's attachment is recorded; delete the claim that does not work",
-        );
+    if !claim.attachment {
+        return Step::ClearDevice;
     }
-    Step::ClearDevice
+    match &seen.qemu {
+        None => Step::LookAtQemu,
+        Some(Qemu::Gone | Qemu::Running(InQemu::Absent)) => Step::ClearDevice,
+        Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
+        Some(Qemu::Running(_)) if claim.deleting => Step::Unplug,
+        Some(Qemu::Running(_)) => wait(
+            reason::CONFLICT,
+            "another claim names the VF that this one has; delete the claim that does not work",
+        ),
+    }
 }
 
 fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
@@ -183,7 +206,7 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         return Step::Rest;
     }
     if !claim.device {
-        return Step::Allocate;
+        return without_device(seen, Step::Allocate);
     }
     let Some(vf) = &seen.vf else {
         if claim.attachment && seen.qemu.is_none() {
@@ -193,7 +216,7 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         }
         return match &seen.qemu {
             Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-            Some(Qemu::Running(InQemu::Configured(address))) => keep(claim, seen, address),
+            Some(Qemu::Running(InQemu::Configured(address))) => keep(seen, address),
             _ => Step::LookAtVf,
         };
     };
@@ -204,13 +227,25 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
     }
 }
 
+/// A claim that records no device, on its way up or down: before anything else it is seen
+/// whether its VM has one, which must neither get a second one nor be forgotten.
+fn without_device(seen: &Seen, otherwise: Step) -> Step {
+    match &seen.left {
+        None => Step::LookForLeft,
+        Some(Left::Device) => Step::TakeOver,
+        Some(Left::Unknown(why)) => Step::Wait(why.clone()),
+        Some(Left::Nothing) => otherwise,
+    }
+}
+
 /// The guest has the device. What was granted was read back before it got it; what somebody
-/// did to it since is seen by looking again.
-fn keep(claim: ClaimFacts, seen: &Seen, address: &str) -> Step {
+/// did to it since, and what was granted to the copy of which it was taken over, is seen by
+/// looking again.
+fn keep(seen: &Seen, address: &str) -> Step {
     match &seen.service {
-        None if claim.reported => Step::LookAtService,
+        None => Step::LookAtService,
         Some(Service::Drifted(drift)) => Step::Repair(drift.clone()),
-        None | Some(Service::AsGranted) => Step::ReportAttached {
+        Some(Service::AsGranted) => Step::ReportAttached {
             guest_address: address.to_owned(),
         },
     }
@@ -281,7 +316,7 @@ fn attach_recorded(claim: ClaimFacts, vf: &VfSeen, seen: &Seen) -> Step {
         }),
         Some(Qemu::Running(InQemu::Absent)) => make_ready(vf).unwrap_or(Step::Plug),
         Some(Qemu::Running(InQemu::Plugged)) => Step::AwaitGuest,
-        Some(Qemu::Running(InQemu::Configured(address))) => keep(claim, seen, address),
+        Some(Qemu::Running(InQemu::Configured(address))) => keep(seen, address),
     }
 }
 
@@ -305,6 +340,9 @@ fn lost(vf: &VfSeen) -> String {
 }
 
 fn release(claim: ClaimFacts, seen: &Seen) -> Step {
+    if !claim.device && claim.bound {
+        return without_device(seen, Step::Rest);
+    }
     if !claim.device {
         return Step::Rest;
     }

@@ -7,6 +7,7 @@ use common::api::{AttachmentStatus, VFClaim, reason};
 use thiserror::Error;
 
 use super::agent::Agent;
+use super::attach::claim_identity;
 use super::plan::{InQemu, Qemu};
 use crate::hypervisor::gates::GateError;
 use crate::hypervisor::launcher::{LauncherError, QemuProcess};
@@ -103,7 +104,8 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
         return Ok((unsupported(&Unsupported::UserNamespace), Some(vm)));
     }
     let machine = vm.session.machine().await?;
-    let seen = match vm_plan::check(&machine) {
+    let id = vm_plan::device_id(&claim_identity(claim));
+    let seen = match vm_plan::check(&machine).and_then(|()| vm_plan::id_is_free(&machine, &id)) {
         Ok(()) => Qemu::Running(InQemu::Absent),
         Err(why) => unsupported(&why),
     };

@@ -15,12 +15,12 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::agent::Agent;
 use super::error::ReconcileError;
-use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
+use super::plan::{ClaimFacts, InQemu, Left, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
 use super::pool::wanted_config;
 use super::qemu::{self, Vm};
 use super::report::Outcome;
 use super::vf::{self, VfError};
-use super::{allocate, attach, gone, inventory, listen, release};
+use super::{allocate, attach, gone, inventory, left, listen, release};
 use crate::kernel::PfFacts;
 use crate::points::{Point, reach};
 use end::End;
@@ -95,6 +95,8 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
         seen: Seen::default(),
         vm: None,
         device: None,
+        snapshots: Vec::new(),
+        found: None,
         turn: None,
         gates_closed: false,
     }))
@@ -112,6 +114,10 @@ struct Walk {
     /// The device with what is known since the VF exists, to be recorded with
     /// the attachment.
     device: Option<DeviceStatus>,
+    /// The node's PFs as they were when it was looked for what QEMU has of the claim.
+    snapshots: Vec<allocate::PfSnapshot>,
+    /// What was found then.
+    found: Option<left::Found>,
     /// The VM's turn, from choosing a port until the device is in it.
     turn: Option<OwnedMutexGuard<()>>,
     /// What the attachment had opened was closed in this walk.
@@ -178,6 +184,8 @@ impl Walk {
             Step::Wait(wait) => return Ok(Some(self.wait(wait.clone()))),
             Step::LookAtVf => self.look_at_vf().await?,
             Step::LookAtQemu => self.look_at_qemu().await?,
+            Step::LookForLeft => self.look_for_left().await?,
+            Step::TakeOver => self.take_over().await?,
             Step::Allocate => return self.allocate().await,
             Step::CreateVfs => return self.create_vfs().await,
             Step::Prepare => return self.prepare().await,
@@ -277,8 +285,28 @@ impl Walk {
         Ok(())
     }
 
+    async fn look_for_left(&mut self) -> Result<(), ReconcileError> {
+        let (snapshots, _) = allocate::snapshot(&self.agent).await?;
+        let (seen, found) = left::look(&self.agent, &self.claim, &snapshots).await?;
+        self.seen.left = Some(seen);
+        self.found = found;
+        self.snapshots = snapshots;
+        Ok(())
+    }
+
+    async fn take_over(&mut self) -> Result<(), ReconcileError> {
+        let found = self.found.take();
+        let found = found.ok_or(ReconcileError::Incomplete("device in QEMU"))?;
+        let claim = left::take_over(&self.agent, &self.api, &self.claim, found).await?;
+        self.renew(claim)?;
+        self.agent.tell_pool_changed();
+        self.seen = Seen::default();
+        Ok(())
+    }
+
     async fn allocate(&mut self) -> Result<Option<End>, ReconcileError> {
-        match allocate::allocate(&self.agent, &self.api, &self.claim).await? {
+        let snapshots = std::mem::take(&mut self.snapshots);
+        match allocate::allocate(&self.agent, &self.api, &self.claim, &snapshots).await? {
             Ok(claim) => {
                 self.renew(claim)?;
                 Ok(None)
@@ -366,6 +394,10 @@ impl Walk {
     async fn clear_device(&mut self) -> Result<(), ReconcileError> {
         let claim = release::clear_device(&self.api, &self.claim).await?;
         self.renew(claim)?;
+        if self.facts().deleting {
+            // Just seen, or never its own.
+            self.seen.left = Some(Left::Nothing);
+        }
         listen::prune(&self.agent);
         self.agent.tell_pool_changed();
         Ok(())

@@ -55,7 +55,7 @@ mod tests {
 
     use super::*;
     use crate::hypervisor::root::ContainerRoot;
-    use crate::hypervisor::{Event, GuestView, Machine, Unplug};
+    use crate::hypervisor::{Event, GuestView, Machine, Plugged, Unplug};
 
     /// A monitor that serves one client: a second connection fails.
     #[derive(Default)]
@@ -97,6 +97,9 @@ mod tests {
             unused()
         }
         async fn guest_view(&self, _: &str) -> Result<GuestView, HypervisorError> {
+            unused()
+        }
+        async fn plugged(&self, _: &str) -> Result<Option<Plugged>, HypervisorError> {
             unused()
         }
         async fn events(&self) -> Result<broadcast::Receiver<Event>, HypervisorError> {

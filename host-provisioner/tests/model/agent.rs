@@ -3,14 +3,14 @@
 
 use host_provisioner::node::ledger::Answer;
 use host_provisioner::node::plan::{
-    Added, ClaimFacts, Close, InQemu, Qemu, Seen, Service, Step, Vf, VfSeen, close_after_add,
+    Added, ClaimFacts, Close, InQemu, Left, Qemu, Seen, Service, Step, Vf, VfSeen, close_after_add,
     next_step,
 };
 
 use crate::facts::{self, NODE, pod_uid};
 use crate::host::{
-    close_gates, device_add, free_to_touch, in_qemu, look_at_qemu, look_at_vf, open_gates, ordered,
-    prepare, reserved, vm_pod,
+    close_gates, device_add, free_to_touch, in_qemu, left_in_qemu, look_at_qemu, look_at_vf,
+    open_gates, ordered, prepare, reserved, vm_pod,
 };
 use crate::world::{
     At, Breach, HostCopy, Outcome, Process, QemuSeen, Setting, Slot, VfSeen as Looked, VfState,
@@ -59,6 +59,10 @@ fn seen(walk: &Walk) -> Seen {
         }),
         // Nobody changes a VF in use here.
         service: Some(Service::AsGranted),
+        left: walk.left.map(|found| match found {
+            Some(_) => Left::Device,
+            None => Left::Nothing,
+        }),
     }
 }
 
@@ -89,7 +93,9 @@ pub fn recover(setting: &Setting, world: &mut World) {
     for (vm, of) in world.vms.iter_mut().enumerate() {
         of.groups = 0;
         let attached = ledger.attached_in(&pod_uid(vm, of.pod)) > 0;
-        of.container &= attached && !of.dead;
+        // `qemu::may_have_ours`: a claim may have been torn off a device that is in use.
+        let has = of.devices.iter().any(Option::is_some);
+        of.container &= (attached || has) && !of.dead;
     }
 }
 
@@ -148,6 +154,7 @@ pub fn fetch(setting: &Setting, world: &mut World, slot: Slot) {
         doubled,
         vf: None,
         qemu: None,
+        left: None,
         at: At::Plan,
         turn: false,
     });
@@ -272,6 +279,16 @@ fn obey(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk, due: &
         Step::Rest | Step::Wait(_) => return world.agent.walks[slot] = None,
         Step::LookAtVf => walk.vf = Some(look_at_vf(setting, world, slot, &copy)),
         Step::LookAtQemu => walk.qemu = Some(look_at_qemu(setting, world, slot, &copy)),
+        Step::LookForLeft => walk.left = Some(left_in_qemu(setting, world, slot, &copy)),
+        Step::TakeOver => {
+            let Some((vf, pod)) = walk.left.flatten().zip(copy.pod) else {
+                return world.agent.walks[slot] = None;
+            };
+            if facts::enter(setting, world, slot, &copy, (vf, pod)).is_err() {
+                return world.agent.walks[slot] = None;
+            }
+            walk.at = At::Send(Write::TakeOver { vf, pod });
+        }
         Step::Allocate => match facts::allocate(setting, world, slot, &copy, walk.fresh) {
             Some(choice) => {
                 let vf = u8::try_from(choice.vf_index).unwrap();
@@ -380,7 +397,8 @@ fn added(
             vm.container &= close_after_add(end, others.into()) == Close::Group;
         }
     }
-    (walk.turn, walk.vf, walk.qemu, walk.at) = (false, None, None, At::Plan);
+    (walk.turn, walk.vf, walk.qemu, walk.left) = (false, None, None, None);
+    walk.at = At::Plan;
     world.agent.walks[slot] = (outcome == Outcome::Done).then_some(walk);
 }
 
@@ -388,7 +406,7 @@ fn added(
 fn unplugged(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk) {
     let stays = vm_pod(setting, world, slot, &walk.claim).is_none()
         || in_qemu(setting, world, slot, &walk.claim).is_some();
-    (walk.vf, walk.qemu, walk.at) = (None, None, At::Plan);
+    (walk.vf, walk.qemu, walk.left, walk.at) = (None, None, None, At::Plan);
     world.agent.walks[slot] = (!stays).then_some(walk);
 }
 
@@ -440,8 +458,13 @@ fn send(
                 return true;
             }
             (walk.at, walk.doubled) = (At::Plan, false);
-            if write == Write::ForgetAttachment {
-                (walk.turn, walk.vf, walk.qemu) = (false, None, None);
+            match write {
+                Write::ForgetAttachment => {
+                    (walk.turn, walk.vf, walk.qemu, walk.left) = (false, None, None, None);
+                }
+                Write::TakeOver { .. } => walk.left = None,
+                Write::ClearDevice if copy.deleting => walk.left = Some(None),
+                _ => {}
             }
             debug_assert_eq!(claim.uid, copy.uid);
             world.agent.walks[slot] = Some(walk);
@@ -458,6 +481,7 @@ pub fn land(setting: &Setting, world: &mut World, slot: Slot, write: Write) {
     match write {
         Write::Device(vf) => copy.device = Some(vf),
         Write::Attachment(pod) => copy.attachment = Some(pod),
+        Write::TakeOver { vf, pod } => (copy.device, copy.attachment) = (Some(vf), Some(pod)),
         Write::ForgetAttachment => {
             unplugged_for_sure(setting, world, slot, &copy);
             (copy.attachment, copy.ready) = (None, false);

@@ -36,6 +36,7 @@ pub enum Action {
     TenantDeletes(Slot),
     TenantMakesAgain(Slot),
     AdministratorDeletesCopy(Slot),
+    CopyIsTornOff(Slot),
     GuestConfigures(usize, Slot),
     GuestUnplugs {
         vm: usize,
@@ -141,6 +142,7 @@ pub fn happen(setting: &Setting, world: &mut World, action: Action) -> bool {
         Action::TenantDeletes(slot) => nature::delete_guest(world, slot),
         Action::TenantMakesAgain(slot) => nature::remake_guest(world, slot),
         Action::AdministratorDeletesCopy(slot) => nature::delete_copy(world, slot),
+        Action::CopyIsTornOff(slot) => nature::tear_off(setting, world, slot),
         Action::GuestConfigures(vm, slot) => nature::configure(world, vm, slot),
         Action::GuestUnplugs { vm, slot, lingers } => nature::unplug(world, vm, slot, lingers),
         Action::KernelLetsGo(vf) => nature::let_go(world, vf),
@@ -174,6 +176,7 @@ pub fn candidates(setting: &Setting, into: &mut Vec<Action>) {
             A::TenantDeletes(slot),
             A::TenantMakesAgain(slot),
             A::AdministratorDeletesCopy(slot),
+            A::CopyIsTornOff(slot),
         ]);
         if setting.stepwise {
             into.extend([A::ControllerForgets(slot), A::SyncerForgets(slot)]);

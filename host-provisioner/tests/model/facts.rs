@@ -340,6 +340,27 @@ pub fn allocate(
     })
 }
 
+/// What `left::take_over` enters into the ledger before it writes.
+pub fn enter(
+    setting: &Setting,
+    world: &mut World,
+    slot: Slot,
+    copy: &HostCopy,
+    (vf, pod): (u8, u8),
+) -> Result<(), Doubled> {
+    let taken = HostCopy {
+        device: Some(vf),
+        attachment: Some(pod),
+        ..*copy
+    };
+    let claim = host_claim(setting, slot, &taken, true);
+    let mut entry = Ledger::entry_of(&claim).unwrap();
+    entry
+        .unanswered
+        .clone_from(&claim.metadata.resource_version);
+    with_ledger(setting, world, (slot, *copy), |ledger| ledger.enter(entry))
+}
+
 /// How many VFs are to be made for the claim's VF to exist.
 pub fn creation(setting: &Setting, world: &World, slot: Slot, copy: &HostCopy) -> Option<u16> {
     let claim = host_claim(setting, slot, copy, true);

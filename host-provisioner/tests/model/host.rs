@@ -49,6 +49,16 @@ pub fn look_at_qemu(setting: &Setting, world: &World, slot: Slot, copy: &HostCop
     }
 }
 
+/// What `left::look` finds: the VF of the device that QEMU has of a claim that records none.
+pub fn left_in_qemu(setting: &Setting, world: &World, slot: Slot, copy: &HostCopy) -> Option<u8> {
+    vm_pod(setting, world, slot, copy)?;
+    let device = world.vms[setting.vm_of[slot]].devices[slot]?;
+    let own = |held: &crate::world::Held| usize::from(held.slot) == slot && held.uid == copy.uid;
+    let named = |held: &crate::world::Held| held.vf == device.vf && !own(held);
+    let free = !world.agent.ledger.iter().flatten().any(named);
+    (device.guest == copy.guest && free).then_some(device.vf)
+}
+
 /// The pod of the claim's QEMU, if it runs.
 pub fn vm_pod(setting: &Setting, world: &World, slot: Slot, copy: &HostCopy) -> Option<u8> {
     let running = world.running(setting.vm_of[slot]);
@@ -124,8 +134,9 @@ pub fn prepare(world: &mut World, slot: Slot, copy: &HostCopy, vf: u8) {
 
 /// `attach::plug` up to `device_add`; how many VFs QEMU has already. `None`: it ended.
 pub fn open_gates(setting: &Setting, world: &mut World, slot: Slot, copy: &HostCopy) -> Option<u8> {
+    // One that somebody tore off had it recorded.
     let recorded =
-        world.copies[slot].is_some_and(|now| now.uid == copy.uid && now.attachment.is_some());
+        world.copies[slot].is_none_or(|now| now.uid != copy.uid || now.attachment.is_some());
     if copy.attachment.is_none() || !recorded {
         world.broke(Breach::IntentFirst);
         return None;

@@ -4,7 +4,7 @@
 use stateright::Property;
 
 use crate::checker::Checked;
-use crate::world::{At, Device, Held, Outcome, Process, Setting, Vm, Walk, World};
+use crate::world::{At, Device, Held, Outcome, Process, Setting, Vm, Walk, World, Write};
 
 type Needs = fn(&Setting) -> bool;
 type Seen = fn(&Checked, &World) -> bool;
@@ -16,7 +16,7 @@ pub fn due(setting: &Setting) -> Vec<Property<Checked>> {
         .collect()
 }
 
-const MOMENTS: [(&str, Needs, Seen); 13] = [
+const MOMENTS: [(&str, Needs, Seen); 14] = [
     (
         "a claim is ready",
         |_| true,
@@ -28,6 +28,14 @@ const MOMENTS: [(&str, Needs, Seen); 13] = [
         |_, w| {
             let again = |copy: &crate::world::HostCopy| copy.ready && copy.guest > 0;
             w.copies.iter().flatten().any(again)
+        },
+    ),
+    (
+        "a copy takes over what an earlier one left in QEMU",
+        |s| s.budget.torn > 0,
+        |_, w| {
+            let writes = |walk: &Walk| matches!(walk.at, At::Send(Write::TakeOver { .. }));
+            w.agent.walks.iter().flatten().any(writes)
         },
     ),
     (
@@ -79,7 +87,7 @@ const MOMENTS: [(&str, Needs, Seen); 13] = [
     ),
     (
         "the guest keeps what it is to let go",
-        |_| true,
+        |s| s.budget.deletes != [0, 0],
         |_, w| {
             let keeps = |(_, slot, device): (usize, usize, Device)| {
                 device.unplug && w.agent.walks[slot].is_none()

@@ -62,6 +62,23 @@ pub fn delete_copy(world: &mut World, slot: Slot) -> bool {
     true
 }
 
+/// A copy is taken away with all its finalizers, whatever its claim has: torn off by somebody,
+/// or not in the backup that the host was restored from. Not where the tenant deletes its claim
+/// as well: with both records gone nobody is left to undo what was done.
+pub fn tear_off(setting: &Setting, world: &mut World, slot: Slot) -> bool {
+    let may = setting.budget.deletes[slot] == 0 && world.budget.torn > 0;
+    if !may || world.copies[slot].is_none() {
+        return false;
+    }
+    world.budget.torn -= 1;
+    world.written(slot);
+    let copy = world.copies[slot].take();
+    if let Some(vf) = copy.and_then(|copy| copy.device) {
+        world.vf_mut(vf).left = true;
+    }
+    true
+}
+
 /// The guest gives its device addresses.
 pub fn configure(world: &mut World, vm: usize, slot: Slot) -> bool {
     match &mut world.vms[vm].devices[slot] {

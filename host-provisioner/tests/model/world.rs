@@ -101,6 +101,11 @@ pub enum Write {
     Attachment(u8),
     ForgetAttachment,
     ClearDevice,
+    /// Device and attachment at once, of what QEMU has.
+    TakeOver {
+        vf: u8,
+        pod: u8,
+    },
 }
 
 /// A claim's VF as the agent saw it.
@@ -163,6 +168,8 @@ pub struct Walk {
     pub doubled: bool,
     pub vf: Option<VfSeen>,
     pub qemu: Option<QemuSeen>,
+    /// Whether QEMU has its device though it records none, and on which VF.
+    pub left: Option<Option<u8>>,
     pub at: At,
     /// It has the VM's turn.
     pub turn: bool,
@@ -258,6 +265,8 @@ pub struct Budget {
     pub remakes: [u8; SLOTS],
     /// Deletions of a host's copy by its administrator.
     pub copies: u8,
+    /// Copies that are taken away with all their finalizers.
+    pub torn: u8,
 }
 
 /// A rule that was broken by a step.

@@ -12,6 +12,7 @@ const NOTHING: Budget = Budget {
     deletes: [0, 0],
     remakes: [0, 0],
     copies: 0,
+    torn: 0,
 };
 
 /// One claim, one VF, and every program in steps of its own.
@@ -54,6 +55,27 @@ fn a_claim_whose_copy_is_deleted_on_the_host() {
         ..NOTHING
     };
     check("a deleted copy", Setting { budget, ..ALONE });
+}
+
+#[test]
+fn a_claim_whose_copy_is_torn_off() {
+    let budget = Budget {
+        kills: 1,
+        lost: 1,
+        torn: 1,
+        ..NOTHING
+    };
+    check("a copy torn off", Setting { budget, ..ALONE });
+}
+
+#[test]
+fn two_claims_of_one_vm_and_a_copy_torn_off() {
+    let budget = Budget {
+        torn: 1,
+        deletes: [0, 1],
+        ..NOTHING
+    };
+    check("a copy of two torn off", Setting { budget, ..PAIR });
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 use common::pci::PciAddress;
 use qapi::qmp::{ObjectPropertyInfo, PciDeviceInfo, PciInfo};
+use serde_json::Value;
 
-use super::super::{GuestView, Peripheral};
+use super::super::{GuestView, Peripheral, Plugged};
 
 /// The expansion ROM; its address shows only while somebody reads it, so it says nothing.
 const ROM_BAR: i64 = 6;
@@ -109,6 +110,28 @@ pub fn address(device: &PciDeviceInfo) -> Option<PciAddress> {
     )
 }
 
+/// A device by its properties: `host` is a text, and `parent_bus` the bus's path, whose last part
+/// is the id of the port above it.
+pub fn plugged(host: Option<&Value>, parent_bus: Option<&Value>) -> Result<Plugged, String> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (host, bus) = (text(host), text(parent_bus));
+    let port = bus.rsplit('/').next().unwrap_or_default();
+    if port.is_empty() {
+        return Err(format!("a device's parent_bus is {bus:?}"));
+    }
+    let host = match host.as_str() {
+        "" => None,
+        text => Some(
+            text.parse()
+                .map_err(|e| format!("a device's host is {text:?}: {e}"))?,
+        ),
+    };
+    Ok(Plugged {
+        host,
+        port: port.to_owned(),
+    })
+}
+
 /// The number of the bus behind a bridge, 0 when it has none yet.
 #[must_use]
 pub fn secondary_bus(device: &PciDeviceInfo) -> u8 {
@@ -148,7 +171,7 @@ pub fn device_memory(buses: &[PciInfo]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn device(id: &str, regions: Value, bridge: Option<Value>) -> Value {
         let mut d = json!({
@@ -195,6 +218,18 @@ mod tests {
             GuestView::Plugged { missing } if missing.contains("region 3")
         ));
         assert!(find(&tree(4, json!([])), "vfc-2").is_none());
+    }
+
+    #[test]
+    fn a_device_says_what_it_is_of_and_where() {
+        let bus = json!("/machine/peripheral/pci.10/pci.10");
+        let of = |host: Option<Value>, bus: &Value| plugged(host.as_ref(), Some(bus));
+        let found = of(Some(json!("0000:05:10.2")), &bus).unwrap();
+        assert_eq!(found.host.unwrap().to_string(), "0000:05:10.2");
+        assert_eq!(found.port, "pci.10");
+        assert_eq!(of(None, &bus).unwrap().host, None);
+        assert!(of(Some(json!("05:10")), &bus).is_err());
+        assert!(of(None, &json!("")).is_err() && plugged(None, None).is_err());
     }
 
     #[test]

@@ -11,8 +11,8 @@ use tokio::sync::{Mutex, broadcast};
 use tokio::time::{Instant, timeout_at};
 
 use super::super::{
-    Event, GuestMemory, GuestView, HypervisorError, Machine, Peripheral, RootPort, Session, Unplug,
-    ViommuFacts,
+    Event, GuestMemory, GuestView, HypervisorError, Machine, Peripheral, Plugged, RootPort,
+    Session, Unplug, ViommuFacts,
 };
 use super::transport::Connection;
 use super::{Address, inspect};
@@ -287,6 +287,21 @@ impl Session for QmpSession {
             });
         }
         Ok(GuestView::Absent)
+    }
+
+    async fn plugged(&self, id: &str) -> Result<Option<Plugged>> {
+        if !self.exists(id).await? {
+            return Ok(None);
+        }
+        let path = format!("{PERIPHERAL}/{id}");
+        let host = self.property(&path, "host").await?;
+        let bus = self.property(&path, "parent_bus").await?;
+        inspect::plugged(host.as_ref(), bus.as_ref())
+            .map(Some)
+            .map_err(|reason| HypervisorError::Malformed {
+                command: "qom-get".to_owned(),
+                reason,
+            })
     }
 
     async fn events(&self) -> Result<broadcast::Receiver<Event>> {

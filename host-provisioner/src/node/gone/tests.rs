@@ -1,4 +1,5 @@
 use super::*;
+use crate::node::allocate::{allocate, snapshot};
 use crate::node::test_stage::Stage;
 
 fn reference(claim: &VFClaim) -> ObjectRef<DynamicObject> {
@@ -12,7 +13,8 @@ async fn a_vf_chosen_for_a_claim_that_went_meanwhile_is_free_again() {
     // The choice is in the ledger, the write meets nobody.
     stage.tear_off(&claim).await;
     let api = stage.claims();
-    let refused = crate::node::allocate::allocate(&stage.agent, &api, &claim).await;
+    let (seen, _) = snapshot(&stage.agent).await.unwrap();
+    let refused = allocate(&stage.agent, &api, &claim, &seen).await;
     assert!(refused.is_err(), "there is nothing to write to");
     assert_eq!(stage.taken(), 1);
 
@@ -28,7 +30,8 @@ async fn a_claim_that_is_there_keeps_its_vf() {
     let stage = Stage::new().await;
     let claim = stage.claim("02:00:00:00:00:01").await;
     let api = stage.claims();
-    let allocated = crate::node::allocate::allocate(&stage.agent, &api, &claim).await;
+    let (seen, _) = snapshot(&stage.agent).await.unwrap();
+    let allocated = allocate(&stage.agent, &api, &claim, &seen).await;
     let allocated = allocated.unwrap().unwrap();
     stage.agent.ledger.lock().observe(&allocated).unwrap();
     // As a watch that was cut may leave it.

@@ -23,6 +23,11 @@ fn vf(vf: Vf, configured: bool, clean: bool) -> Option<VfSeen> {
 #[test]
 fn a_claim_goes_up_step_by_step() {
     let mut seen = Seen::default();
+    assert_eq!(
+        next_step(claim(false, false, false), &seen),
+        Step::LookForLeft
+    );
+    seen.left = Some(Left::Nothing);
     assert_eq!(next_step(claim(false, false, false), &seen), Step::Allocate);
     assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtVf);
     seen.vf = vf(Vf::Absent, false, false);
@@ -45,10 +50,48 @@ fn a_claim_goes_up_step_by_step() {
     seen.qemu = Some(Qemu::Running(InQemu::Configured("0000:05:00.0".into())));
     assert_eq!(
         next_step(claim(false, true, true), &seen),
+        Step::LookAtService
+    );
+    seen.service = Some(Service::AsGranted);
+    assert_eq!(
+        next_step(claim(false, true, true), &seen),
         Step::ReportAttached {
             guest_address: "0000:05:00.0".into()
         }
     );
+}
+
+#[test]
+fn what_an_earlier_copy_left_in_the_vm_is_taken_over_on_the_way_up_and_down() {
+    let why = Wait {
+        reason: reason::CONFLICT,
+        message: "it has one".into(),
+    };
+    let of = |deleting, left| {
+        let seen = Seen {
+            left: Some(left),
+            ..Seen::default()
+        };
+        next_step(claim(deleting, false, false), &seen)
+    };
+    for deleting in [false, true] {
+        assert_eq!(of(deleting, Left::Device), Step::TakeOver);
+        assert_eq!(
+            of(deleting, Left::Unknown(why.clone())),
+            Step::Wait(why.clone())
+        );
+        let seen = Seen::default();
+        assert_eq!(
+            next_step(claim(deleting, false, false), &seen),
+            Step::LookForLeft
+        );
+    }
+    assert_eq!(of(true, Left::Nothing), Step::Rest);
+    let unbound = ClaimFacts {
+        bound: false,
+        ..claim(true, false, false)
+    };
+    assert_eq!(next_step(unbound, &Seen::default()), Step::Rest);
 }
 
 #[test]
@@ -61,6 +104,7 @@ fn an_attached_claim_is_judged_by_qemu_before_its_group_is_probed() {
         qemu: Some(Qemu::Running(InQemu::Plugged)),
         vf: None,
         service: None,
+        left: None,
     };
     assert_eq!(next_step(claim(false, true, true), &seen), Step::AwaitGuest);
 }
@@ -71,6 +115,7 @@ fn nothing_is_done_about_a_vf_whose_last_write_has_not_come_back() {
         qemu: Some(Qemu::Gone),
         vf: vf(Vf::Stuck("it waits".into()), false, false),
         service: None,
+        left: None,
     };
     for deleting in [false, true] {
         for attachment in [false, true] {
@@ -103,6 +148,7 @@ fn release_touches_the_vf_only_when_qemu_let_go_and_the_group_opens() {
     assert_eq!(next_step(claim(true, true, true), &seen), Step::Clean);
     seen.vf = vf(Vf::Driverless, false, true);
     assert_eq!(next_step(claim(true, true, true), &seen), Step::ClearDevice);
+    seen.left = Some(Left::Nothing);
     assert_eq!(next_step(claim(true, false, false), &seen), Step::Rest);
 }
 
@@ -113,6 +159,7 @@ fn what_somebody_else_has_is_never_cleaned() {
             vf: vf(foreign.clone(), false, false),
             qemu: None,
             service: None,
+            left: None,
         };
         assert_eq!(
             next_step(claim(true, true, false), &seen),
@@ -145,9 +192,6 @@ fn a_guest_that_has_its_device_is_kept_served() {
         guest_address: address,
     };
     assert_eq!(next_step(kept, &seen), report);
-    // What was read back a moment ago is not looked at again on the way up.
-    seen.service = None;
-    assert_eq!(next_step(claim(false, true, true), &seen), report);
 }
 
 #[test]
@@ -195,13 +239,31 @@ fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
 }
 
 #[test]
-fn of_two_claims_on_one_vf_the_one_without_an_attachment_lets_go_untouched() {
+fn of_two_claims_on_one_vf_the_one_that_no_qemu_has_a_device_of_lets_go_untouched() {
+    let configured = InQemu::Configured("0000:05:00.0".into());
     for deleting in [false, true] {
         let mut facts = claim(deleting, true, false);
         facts.doubled = true;
         assert_eq!(next_step(facts, &Seen::default()), Step::ClearDevice);
         facts.attachment = true;
-        assert!(matches!(next_step(facts, &Seen::default()), Step::Wait(_)));
+        assert_eq!(next_step(facts, &Seen::default()), Step::LookAtQemu);
+        let of = |qemu| {
+            let seen = Seen {
+                qemu: Some(qemu),
+                ..Seen::default()
+            };
+            next_step(facts, &seen)
+        };
+        for without in [Qemu::Gone, Qemu::Running(InQemu::Absent)] {
+            assert_eq!(of(without), Step::ClearDevice);
+        }
+        for has in [InQemu::Plugged, configured.clone()] {
+            let step = of(Qemu::Running(has));
+            match deleting {
+                true => assert_eq!(step, Step::Unplug),
+                false => assert!(matches!(step, Step::Wait(_)), "{step:?}"),
+            }
+        }
     }
 }
 

@@ -1,0 +1,172 @@
+//! A device that the VM's QEMU has of a claim that records none. The claim's copy on the host
+//! was lost while its device was attached (somebody tore its finalizer off, or the host's API
+//! was restored from a backup) and was made anew. Nothing is plugged a second time and nothing
+//! is taken out: the new copy records what there is. QEMU's device id is the guest claim's UID,
+//! so it cannot be another's.
+
+use common::api::{AttachmentStatus, DeviceStatus, VFClaim, reason};
+use common::kube::status;
+use common::pci::PciAddress;
+use kube::Api;
+use serde_json::json;
+
+use super::agent::{Agent, MANAGER};
+use super::allocate::PfSnapshot;
+use super::attach::{attachment, claim_identity};
+use super::error::ReconcileError;
+use super::ledger::Ledger;
+use super::plan::{Left, Wait};
+use super::pool::{GroupProbe, Holder};
+use super::qemu::{self, Vm, VmError};
+use super::vf;
+use crate::hypervisor::Plugged;
+use crate::hypervisor::plan::device_id;
+use crate::kernel::VFIO_PCI;
+
+/// The claim's device in QEMU, and on which VF it is.
+pub struct Found {
+    vm: Vm,
+    plugged: Plugged,
+    device: DeviceStatus,
+}
+
+/// The other claims that have VFs of that PF. This one's own entry in the ledger may be of a
+/// write that was not answered.
+fn others(ledger: &Ledger, physical_function: &str, claim: &VFClaim) -> Vec<Holder> {
+    let own = claim.metadata.uid.as_deref();
+    let mut holders = Holder::all(ledger, physical_function);
+    holders.retain(|holder| Some(holder.claim.uid.as_str()) != own);
+    holders
+}
+
+/// Whether somebody may use a VF on vfio-pci that no other claim names. Only then can QEMU have a
+/// device of a claim that records none, and only then is it asked.
+fn unclaimed_in_use(snapshot: &PfSnapshot, holders: &[Holder]) -> bool {
+    let claimed = |index| holders.iter().any(|holder| holder.vf_index == index);
+    snapshot.vfs.iter().any(|vf| {
+        let free = vf
+            .iommu_group
+            .and_then(|group| snapshot.probes.get(&group))
+            .is_some_and(|probe| *probe == GroupProbe::Free);
+        !claimed(vf.index) && vf.driver.as_deref() == Some(VFIO_PCI) && !free
+    })
+}
+
+/// Looks; `snapshots` are the node's PFs as the kernel has them.
+pub async fn look(
+    agent: &Agent,
+    claim: &VFClaim,
+    snapshots: &[PfSnapshot],
+) -> Result<(Left, Option<Found>), ReconcileError> {
+    let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
+    let Some(launcher) = launcher.filter(|_| suspicious(&agent.ledger.lock(), claim, snapshots))
+    else {
+        return Ok((Left::Nothing, None));
+    };
+    let Some(vm) = qemu::find(agent, &launcher.pod_uid).await? else {
+        return Ok((Left::Nothing, None));
+    };
+    let id = device_id(&claim_identity(claim));
+    let Some(plugged) = vm.session.plugged(&id).await.map_err(VmError::from)? else {
+        return Ok((Left::Nothing, None));
+    };
+    let ledger = agent.ledger.lock();
+    let device = of_no_other(&ledger, claim, &agent.node_name, snapshots, plugged.host);
+    Ok(match device {
+        Some(device) => {
+            let found = Found {
+                vm,
+                plugged,
+                device,
+            };
+            (Left::Device, Some(found))
+        }
+        None => (Left::Unknown(unknown(&id, plugged.host)), None),
+    })
+}
+
+fn suspicious(ledger: &Ledger, claim: &VFClaim, snapshots: &[PfSnapshot]) -> bool {
+    snapshots
+        .iter()
+        .any(|pf| unclaimed_in_use(pf, &others(ledger, &pf.name, claim)))
+}
+
+/// The VF at that address, if it is one of the node's PFs' and no other claim's.
+fn of_no_other(
+    ledger: &Ledger,
+    claim: &VFClaim,
+    node: &str,
+    snapshots: &[PfSnapshot],
+    host: Option<PciAddress>,
+) -> Option<DeviceStatus> {
+    let (pf, vf) = snapshots.iter().find_map(|pf| {
+        let vf = pf.vfs.iter().find(|vf| Some(vf.address) == host)?;
+        Some((pf, vf))
+    })?;
+    let holders = others(ledger, &pf.name, claim);
+    if holders.iter().any(|holder| holder.vf_index == vf.index) {
+        return None;
+    }
+    let device = DeviceStatus {
+        node_name: node.to_owned(),
+        physical_function: pf.name.clone(),
+        vf_index: vf.index,
+        pci_address: None,
+        vendor_id: None,
+        device_id: None,
+        iommu_group: None,
+    };
+    Some(vf::described(&device, vf))
+}
+
+fn unknown(id: &str, host: Option<PciAddress>) -> Wait {
+    let host = host.map_or_else(
+        || "no host device that is known".to_owned(),
+        |host| host.to_string(),
+    );
+    Wait {
+        reason: reason::CONFLICT,
+        message: format!(
+            "the VM has a device {id} of this claim already, on {host}, which is no VF that this \
+             claim can be given; nothing was changed: an administrator has to take that device \
+             out of the VM, or restart the VM"
+        ),
+    }
+}
+
+/// Records in the claim what was found: device and attachment, in one write. The ledger has it
+/// before, so that the VF goes to nobody else meanwhile.
+pub async fn take_over(
+    agent: &Agent,
+    api: &Api<VFClaim>,
+    claim: &VFClaim,
+    found: Found,
+) -> Result<VFClaim, ReconcileError> {
+    let Found {
+        vm,
+        plugged,
+        device,
+    } = found;
+    let attachment: AttachmentStatus = attachment(agent, claim, &vm, plugged.port);
+    tracing::warn!(
+        claim = claim.metadata.name,
+        id = attachment.qemu_device_id,
+        host = device.pci_address,
+        "the VM has the claim's device already; it is taken over"
+    );
+    let mut recorded = claim.clone();
+    let status = recorded.status.get_or_insert_default();
+    status.device = Some(device.clone());
+    status.attachment = Some(attachment.clone());
+    if let Some(mut entry) = Ledger::entry_of(&recorded) {
+        entry
+            .unanswered
+            .clone_from(&claim.metadata.resource_version);
+        agent.ledger.lock().enter(entry)?;
+    }
+    let fields = json!({"device": device, "attachment": attachment});
+    Ok(status::decide(api, claim, MANAGER, &fields).await?)
+}
+
+#[cfg(test)]
+mod tests;
