@@ -187,10 +187,10 @@ async fn run(verb: Verb) -> Result<()> {
         }
         Verb::Test { list: true, .. } => {
             for s in scenarios::all() {
-                let long = if s.when == scenarios::When::Long {
-                    " (long)"
-                } else {
-                    ""
+                let long = match s.when {
+                    scenarios::When::Always => "",
+                    scenarios::When::Long => " (long)",
+                    scenarios::When::Named => " (by its name only)",
                 };
                 println!("{:<28} {}{long}", s.name, s.shows);
             }

@@ -39,8 +39,6 @@ impl Count {
 
 /// Longest the whole of cargo's tests may take, compilation included.
 const UNIT: Duration = Duration::from_secs(60 * 60);
-/// Longest one scenario may take.
-const SCENARIO: Duration = Duration::from_secs(15 * 60);
 
 /// The cargo that runs us, else the one of `PATH`.
 pub(crate) fn cargo() -> Cmd {
@@ -195,8 +193,8 @@ pub async fn scenarios(
         let begun = Instant::now();
         let step = progress::Step::begin(&format!("{}: {}", s.name, s.shows));
         let result = tokio::select! {
-            r = tokio::time::timeout(SCENARIO, (s.run)(dc)) => r
-                .unwrap_or_else(|_| Err(anyhow::anyhow!("did not end within {SCENARIO:?}"))),
+            r = tokio::time::timeout(s.when.limit(), (s.run)(dc)) => r
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("did not end within {:?}", s.when.limit()))),
             stop = interrupt::wait() => return Err(stop.into()),
         };
         let took = clock(begun.elapsed());

@@ -10,13 +10,17 @@ mod holds;
 mod hostile;
 mod killed;
 mod outages;
+mod random;
 mod real;
 mod refusals;
 mod release;
 mod restarts;
+mod several;
 mod steps;
 pub mod support;
 mod traffic;
+
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 
@@ -40,6 +44,20 @@ pub enum When {
     Always,
     /// It takes minutes: with `--long` only.
     Long,
+    /// It takes as long as one likes: by its name only.
+    Named,
+}
+
+impl When {
+    /// Longest such a scenario may take.
+    #[must_use]
+    pub const fn limit(self) -> Duration {
+        let minutes = match self {
+            Self::Always | Self::Long => 15,
+            Self::Named => 24 * 60,
+        };
+        Duration::from_secs(minutes * 60)
+    }
 }
 
 /// One scenario.
@@ -87,8 +105,10 @@ pub fn all() -> Vec<Scenario> {
         holds::scenarios,
         hostile::scenarios,
         restarts::scenarios,
+        several::scenarios,
         killed::scenarios,
         outages::scenarios,
+        random::scenarios,
     ] {
         all.extend(theme());
     }
@@ -113,7 +133,7 @@ pub fn matching(words: &[String], most: Needs, long: bool) -> anyhow::Result<Vec
         name == word || (name.contains(word) && !all.iter().any(|s| s.name == word))
     };
     let wanted = |s: &Scenario| match words {
-        [] => s.needs <= most && (long || s.when == When::Always),
+        [] => s.needs <= most && (s.when == When::Always || long && s.when == When::Long),
         words => words.iter().any(|w| means(w, s.name)),
     };
     Ok(all.iter().filter(|s| wanted(s)).copied().collect())
@@ -130,7 +150,8 @@ mod tests {
         let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
         assert_eq!(names.len(), all.len());
         let every = matching(&[], Needs::Machines, true).unwrap();
-        assert_eq!(every.len(), all.len());
+        let named = all.iter().filter(|s| s.when == When::Named).count();
+        assert!(named > 0 && every.len() + named == all.len());
         let ordinary = matching(&[], Needs::Machines, false).unwrap();
         assert!(ordinary.iter().all(|s| s.when == When::Always) && ordinary.len() < all.len());
         let long = matching(&["killed-plugging".into()], Needs::Machines, false).unwrap();

@@ -1,16 +1,21 @@
-//! Each program killed while a claim is attached and while one is in flight: nothing is
-//! lost and nothing doubled.
+//! Each program killed while a claim is attached and while one is in flight, and a copy lost
+//! whose VF is in use: nothing is lost and nothing doubled.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::api::{condition, type_};
 use futures::FutureExt;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::json;
 
-use super::support::l2::Counter;
+use super::support::l1::PciDevice;
+use super::support::l2::{Counter, Steady};
 use super::support::pods::Part;
 use super::support::site::{PEER, TraceEvent};
-use super::support::{Attached, Claim, Lab, Wish, l2, wire, writes};
+use super::support::{Attached, Claim, Lab, Wish, claims, l2, watch, wire, writes};
 use super::{Scenario, release, scenario, traffic};
+use crate::wait::Probe;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -49,40 +54,90 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             "the node agent is killed while a claim is deleted: its successor unplugs once and frees the VF",
             releasing
         ),
+        scenario!(
+            "copy-torn-off",
+            "a claim's copy is deleted on the host with its finalizer torn off while the VF is in use: the next copy takes over that very VF, nothing is touched, and the claim can be released",
+            torn_off
+        ),
     ]
 }
 
-async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
-    let mac = "02:5f:00:00:40:01";
-    let (claim, before) = lab.attach(&Wish::new("held").mac(mac).vlan(400)).await?;
-    lab.switch.reset().await?;
-    let net = traffic::net(lab, &before, 0).await?;
-    let steady = net.ping_on(&lab.l2, PEER).await?;
-    let counter = Counter::start(&lab.l2, "held").await?;
-    let (pid, _) = counter.read(&lab.l2).await?;
-    let trace = lab.trace().await?;
-    let devices = lab.qemu.ours().await?;
+/// A VF that the guest uses while something happens around it.
+struct InUse {
+    claim: Claim,
+    before: Attached,
+    net: l2::Net,
+    steady: Steady,
+    counter: Counter,
+    pid: u32,
+    trace: Vec<TraceEvent>,
+    devices: Vec<PciDevice>,
+}
 
+const MAC: &str = "02:5f:00:00:40:01";
+const VLAN: u16 = 400;
+
+impl InUse {
+    async fn begin(lab: &Lab<'_>) -> Result<Self> {
+        let wish = Wish::new("held").mac(MAC).vlan(VLAN.into());
+        let (claim, before) = lab.attach(&wish).await?;
+        lab.switch.reset().await?;
+        let net = traffic::net(lab, &before, 0).await?;
+        let steady = net.ping_on(&lab.l2, PEER).await?;
+        let counter = Counter::start(&lab.l2, "held").await?;
+        let (pid, _) = counter.read(&lab.l2).await?;
+        Ok(Self {
+            claim,
+            before,
+            net,
+            steady,
+            counter,
+            pid,
+            trace: lab.trace().await?,
+            devices: lab.qemu.ours().await?,
+        })
+    }
+
+    /// It was used all the time, and nobody touched it.
+    async fn undisturbed(self, lab: &Lab<'_>) -> Result<()> {
+        let after = lab.ready(&self.claim).await?;
+        ensure!(
+            same(&self.before, &after),
+            "{:?} became {after:?}",
+            self.before
+        );
+        ensure!(
+            lab.qemu.ours().await? == self.devices,
+            "QEMU's devices changed"
+        );
+        let now = lab.trace().await?;
+        let touched = writes::between(&self.trace, &now)?;
+        ensure!(touched.is_empty(), "it was written: {touched:?}");
+        let (pid, _) = self.counter.read(&lab.l2).await?;
+        ensure!(
+            pid == self.pid && pid != 0,
+            "the counter is process {pid}, was {}",
+            self.pid
+        );
+        self.counter.stop(&lab.l2).await?;
+        let limit = Duration::from_secs(30);
+        self.net.ping(&lab.l2, PEER, 3, limit).await?;
+        wire::only(lab, &[(MAC, Some(VLAN))]).await?;
+        let answers = self.steady.stop(&lab.l2).await?;
+        ensure!(
+            answers.received > 5 && answers.missed <= 5,
+            "the ping: {answers:?}"
+        );
+        Ok(())
+    }
+}
+
+async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
+    let used = InUse::begin(lab).await?;
+    let (claim, before) = (used.claim.clone(), used.before.clone());
+    let trace = used.trace.clone();
     part.restart(lab).await?;
-    let after = lab.ready(&claim).await?;
-    ensure!(same(&before, &after), "{before:?} became {after:?}");
-    ensure!(lab.qemu.ours().await? == devices, "QEMU's devices changed");
-    let now = lab.trace().await?;
-    let touched = writes::between(&trace, &now)?;
-    ensure!(touched.is_empty(), "the restart wrote {touched:?}");
-    let (pid_after, _) = counter.read(&lab.l2).await?;
-    ensure!(
-        pid == pid_after && pid != 0,
-        "the counter is process {pid_after}, was {pid}"
-    );
-    counter.stop(&lab.l2).await?;
-    net.ping(&lab.l2, PEER, 3, Duration::from_secs(30)).await?;
-    wire::only(lab, &[(mac, Some(400))]).await?;
-    let answers = steady.stop(&lab.l2).await?;
-    ensure!(
-        answers.received > 5 && answers.missed <= 5,
-        "the ping: {answers:?}"
-    );
+    used.undisturbed(lab).await?;
 
     // Two can be told apart from one only if the successor works at all; and what it found
     // it has seen by then.
@@ -101,6 +156,37 @@ async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
     );
     lab.release(&claim).await?;
     l2::gone(&lab.l2, &before.guest_address).await
+}
+
+async fn torn_off(lab: &Lab<'_>) -> Result<()> {
+    let used = InUse::begin(lab).await?;
+    let (claim, before) = (used.claim.clone(), used.before.clone());
+    let old = before.host.metadata.uid.clone().context("no UID")?;
+    let (api, name) = (lab.host_claims(), claim.host_name());
+    let nobody = json!({"metadata": {"uid": old, "finalizers": null}});
+    api.patch(&name, &PatchParams::default(), &Patch::Merge(nobody))
+        .await?;
+    api.delete(&name, &DeleteParams::default()).await?;
+    let what = "another copy to be Ready";
+    watch::until(&api, &name, what, claims::ATTACH, |copy| {
+        let Some(copy) = copy.filter(|c| c.metadata.uid.as_ref() != Some(&old)) else {
+            return Ok(Probe::NotYet("there is none".into()));
+        };
+        let all = copy.status.as_ref().map(|s| s.conditions.as_slice());
+        let ready = all.and_then(|all| condition(all, type_::READY));
+        Ok(match ready {
+            Some(c) if c.status == "True" => Probe::Ready(()),
+            other => Probe::NotYet(format!("{other:?}")),
+        })
+    })
+    .await?;
+    used.undisturbed(lab).await?;
+    lab.release(&claim).await?;
+    l2::gone(&lab.l2, &before.guest_address).await?;
+    release::free_and_clean(lab, &before.vf, before.vf_index).await?;
+    let ours = lab.qemu.ours().await?;
+    ensure!(ours.is_empty(), "QEMU still has {ours:?}");
+    Ok(())
 }
 
 fn same(a: &Attached, b: &Attached) -> bool {

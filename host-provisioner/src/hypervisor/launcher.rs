@@ -3,6 +3,7 @@
 //! A pod is known by its UID, which kubelet writes into the cgroup path of each of its
 //! containers; nothing that a process says of itself decides.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,6 +93,29 @@ impl Proc {
     /// Whether the process that `pid` and `start_time` name is still there.
     pub fn is_alive(&self, pid: u32, start_time: u64) -> Result<bool, LauncherError> {
         Ok(self.start_time(pid)? == Some(start_time))
+    }
+
+    /// The VFIO groups that a process has open; none when it is gone.
+    pub fn vfio_groups(&self, pid: u32) -> Result<BTreeSet<u32>, LauncherError> {
+        let path = self.file(pid, "fd");
+        let failed = |source| LauncherError::Io {
+            path: path.clone(),
+            source,
+        };
+        let entries = match std::fs::read_dir(&path) {
+            Err(e) if is_gone(&e) => return Ok(BTreeSet::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let mut groups = BTreeSet::new();
+        for entry in entries {
+            match entry.and_then(|entry| std::fs::read_link(entry.path())) {
+                Ok(link) => groups.extend(link.to_str().and_then(vfio_group)),
+                // Closed since the folder was read.
+                Err(e) if is_gone(&e) => {}
+                Err(e) => return Err(failed(e)),
+            }
+        }
+        Ok(groups)
     }
 
     fn pids(&self) -> Result<Vec<u32>, LauncherError> {
@@ -200,6 +224,12 @@ impl Proc {
     }
 }
 
+/// The group of an open `/dev/vfio/N`; its node is taken away once it is open.
+fn vfio_group(link: &str) -> Option<u32> {
+    let name = link.strip_prefix("/dev/vfio/")?;
+    name.trim_end_matches(" (deleted)").parse().ok()
+}
+
 fn is_gone(e: &io::Error) -> bool {
     // ESRCH: the process ended between open and read.
     e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
@@ -275,15 +305,20 @@ fn is_capability_probe(cmdline: &[u8]) -> bool {
     false
 }
 
+/// Processes of a made-up /proc.
 #[cfg(test)]
-mod tests {
-    use super::*;
+pub mod fixture {
     use std::os::unix::fs::symlink;
+    use std::path::Path;
 
-    const UID: &str = "0a1b2c3d-1111-2222-3333-444455556666";
-    const SLICE: &str = "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0a1b2c3d_1111_2222_3333_444455556666.slice/cri-containerd-ab.scope\n";
+    use super::INIT_USER_NS;
 
-    fn process(proc_: &Path, pid: u32, exe: &str, cmdline: &str, cgroup: &str) {
+    /// The VM's command line as far as it is read.
+    pub const VM: &str =
+        "/usr/bin/qemu-system-x86_64\0-name\0guest=a\0-machine\0pc-q35-10.0,usb=off\0";
+
+    /// A process of that number in the folder `proc_`.
+    pub fn process(proc_: &Path, pid: u32, exe: &str, cmdline: &str, cgroup: &str) {
         let dir = proc_.join(pid.to_string());
         std::fs::create_dir_all(dir.join("ns")).unwrap();
         symlink(exe, dir.join("exe")).unwrap();
@@ -305,11 +340,43 @@ mod tests {
         .unwrap();
     }
 
+    /// The QEMU of pod `pod_uid`, with these VFIO groups open.
+    pub fn qemu(proc_: &Path, pid: u32, pod_uid: &str, groups: &[u32]) {
+        let pod = pod_uid.replace('-', "_");
+        let cgroup = format!("0::/kubepods.slice/kubepods-burstable-pod{pod}.slice/cri.scope\n");
+        process(proc_, pid, "/usr/bin/qemu-system-x86_64", VM, &cgroup);
+        let open = proc_.join(pid.to_string()).join("fd");
+        std::fs::create_dir(&open).unwrap();
+        symlink("/dev/vfio/vfio", open.join("3")).unwrap();
+        for (n, group) in groups.iter().enumerate() {
+            let link = format!("/dev/vfio/{group} (deleted)");
+            symlink(link, open.join((n + 4).to_string())).unwrap();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fixture::{VM, process};
+    use super::*;
+
+    const UID: &str = "0a1b2c3d-1111-2222-3333-444455556666";
+    const SLICE: &str = "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0a1b2c3d_1111_2222_3333_444455556666.slice/cri-containerd-ab.scope\n";
+
+    #[test]
+    fn the_groups_of_a_process_are_what_it_has_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let proc_ = Proc::new(dir.path());
+        fixture::qemu(dir.path(), 12, UID, &[65, 7]);
+        assert_eq!(proc_.find_qemu(UID).unwrap().pid, 12);
+        assert_eq!(proc_.vfio_groups(12).unwrap(), [7, 65].into());
+        assert!(proc_.vfio_groups(99).unwrap().is_empty());
+    }
+
     #[test]
     fn the_vm_of_a_pod_is_found_by_its_uid() {
         let dir = tempfile::tempdir().unwrap();
         let p = dir.path();
-        let vm = "/usr/bin/qemu-system-x86_64\0-name\0guest=a\0-machine\0pc-q35-10.0,usb=off\0";
         process(p, 10, "/usr/bin/virtqemud", "virtqemud\0", SLICE);
         process(
             p,
@@ -318,9 +385,9 @@ mod tests {
             "qemu\0-machine\0none,accel=kvm\0",
             SLICE,
         );
-        process(p, 12, "/usr/bin/qemu-system-x86_64", vm, SLICE);
+        process(p, 12, "/usr/bin/qemu-system-x86_64", VM, SLICE);
         let other = SLICE.replace("0a1b2c3d", "0a1b2c3e");
-        process(p, 13, "/usr/bin/qemu-system-x86_64", vm, &other);
+        process(p, 13, "/usr/bin/qemu-system-x86_64", VM, &other);
         let proc_ = Proc::new(p);
         let qemu = proc_.find_qemu(UID).unwrap();
         assert_eq!((qemu.pid, qemu.start_time), (12, 1277));
@@ -333,7 +400,7 @@ mod tests {
         assert!(!proc_.is_alive(12, 1278).unwrap());
         assert!(!proc_.is_alive(99, 1).unwrap());
 
-        process(p, 14, "/usr/libexec/qemu-kvm (deleted)", vm, SLICE);
+        process(p, 14, "/usr/libexec/qemu-kvm (deleted)", VM, SLICE);
         assert!(matches!(
             proc_.find_qemu(UID),
             Err(LauncherError::Ambiguous { count: 2, .. })

@@ -4,6 +4,8 @@
 //! is taken out: the new copy records what there is. QEMU's device id is the guest claim's UID,
 //! so it cannot be another's.
 
+use std::collections::BTreeSet;
+
 use common::api::{AttachmentStatus, DeviceStatus, VFClaim, reason};
 use common::kube::status;
 use common::pci::PciAddress;
@@ -39,17 +41,16 @@ fn others(ledger: &Ledger, physical_function: &str, claim: &VFClaim) -> Vec<Hold
     holders
 }
 
-/// Whether somebody may use a VF on vfio-pci that no other claim names. Only then can QEMU have a
-/// device of a claim that records none, and only then is it asked.
-fn unclaimed_in_use(snapshot: &PfSnapshot, holders: &[Holder]) -> bool {
+/// Groups of VFs on vfio-pci that no other claim names and that somebody may use. Only if the
+/// VM's QEMU has one of them open can it have a device of a claim that records none.
+fn unclaimed_in_use(snapshot: &PfSnapshot, holders: &[Holder]) -> BTreeSet<u32> {
     let claimed = |index| holders.iter().any(|holder| holder.vf_index == index);
-    snapshot.vfs.iter().any(|vf| {
-        let free = vf
-            .iommu_group
-            .and_then(|group| snapshot.probes.get(&group))
-            .is_some_and(|probe| *probe == GroupProbe::Free);
-        !claimed(vf.index) && vf.driver.as_deref() == Some(VFIO_PCI) && !free
-    })
+    let free = |group: &u32| snapshot.probes.get(group) == Some(&GroupProbe::Free);
+    let vfs = snapshot.vfs.iter();
+    vfs.filter(|vf| !claimed(vf.index) && vf.driver.as_deref() == Some(VFIO_PCI))
+        .filter_map(|vf| vf.iommu_group)
+        .filter(|group| !free(group))
+        .collect()
 }
 
 /// Looks; `snapshots` are the node's PFs as the kernel has them.
@@ -58,11 +59,17 @@ pub async fn look(
     claim: &VFClaim,
     snapshots: &[PfSnapshot],
 ) -> Result<(Left, Option<Found>), ReconcileError> {
+    let suspicious = suspicious(&agent.ledger.lock(), claim, snapshots);
     let launcher = claim.status.as_ref().and_then(|s| s.launcher.as_ref());
-    let Some(launcher) = launcher.filter(|_| suspicious(&agent.ledger.lock(), claim, snapshots))
-    else {
+    let Some(launcher) = launcher.filter(|_| !suspicious.is_empty()) else {
         return Ok((Left::Nothing, None));
     };
+    // Most are somebody else's. A VM with none of them is not asked: its monitor may not answer,
+    // and its claim could neither come nor go for it.
+    let open = qemu::groups(agent, &launcher.pod_uid).await?;
+    if open.is_disjoint(&suspicious) {
+        return Ok((Left::Nothing, None));
+    }
     let Some(vm) = qemu::find(agent, &launcher.pod_uid).await? else {
         return Ok((Left::Nothing, None));
     };
@@ -85,10 +92,11 @@ pub async fn look(
     })
 }
 
-fn suspicious(ledger: &Ledger, claim: &VFClaim, snapshots: &[PfSnapshot]) -> bool {
+fn suspicious(ledger: &Ledger, claim: &VFClaim, snapshots: &[PfSnapshot]) -> BTreeSet<u32> {
     snapshots
         .iter()
-        .any(|pf| unclaimed_in_use(pf, &others(ledger, &pf.name, claim)))
+        .flat_map(|pf| unclaimed_in_use(pf, &others(ledger, &pf.name, claim)))
+        .collect()
 }
 
 /// The VF at that address, if it is one of the node's PFs' and no other claim's.

@@ -1,6 +1,7 @@
 //! The claim's QEMU as the agent sees it: which process, what it has, whether a
 //! VF may go into it. Asks, never changes.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use common::api::{AttachmentStatus, VFClaim, reason};
@@ -34,17 +35,31 @@ pub struct Vm {
     pub session: Arc<dyn Session>,
 }
 
+/// The VFIO groups that a launcher pod's QEMU has open, by the kernel's word.
+pub async fn groups(agent: &Agent, pod_uid: &str) -> Result<BTreeSet<u32>, VmError> {
+    let (proc, pod) = (agent.proc.clone(), pod_uid.to_owned());
+    look_in_proc(move || proc.vfio_groups(proc.find_qemu(&pod)?.pid))
+        .await
+        .map(Option::unwrap_or_default)
+}
+
+/// Looks at processes off the async threads; `None` when the pod runs no QEMU.
+async fn look_in_proc<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T, LauncherError> + Send + 'static,
+) -> Result<Option<T>, VmError> {
+    let found = tokio::task::spawn_blocking(look).await;
+    match found.map_err(|e| VmError::Thread(e.to_string()))? {
+        Ok(found) => Ok(Some(found)),
+        Err(LauncherError::NotFound { .. } | LauncherError::Gone { .. }) => Ok(None),
+        Err(other) => Err(other.into()),
+    }
+}
+
 /// The QEMU of a launcher pod, or `None` when the pod runs none.
 pub async fn find(agent: &Agent, pod_uid: &str) -> Result<Option<Vm>, VmError> {
-    let proc = agent.proc.clone();
-    let pod = pod_uid.to_owned();
-    let found = tokio::task::spawn_blocking(move || proc.find_qemu(&pod))
-        .await
-        .map_err(|e| VmError::Thread(e.to_string()))?;
-    let process = match found {
-        Ok(process) => process,
-        Err(LauncherError::NotFound { .. } | LauncherError::Gone { .. }) => return Ok(None),
-        Err(other) => return Err(other.into()),
+    let (proc, pod) = (agent.proc.clone(), pod_uid.to_owned());
+    let Some(process) = look_in_proc(move || proc.find_qemu(&pod)).await? else {
+        return Ok(None);
     };
     let session = agent
         .sessions

@@ -23,7 +23,7 @@ use super::listen::Listeners;
 use super::sessions::Sessions;
 use crate::hypervisor::gates::journal::Journal;
 use crate::hypervisor::gates::{GateError, Gates, Recovered};
-use crate::hypervisor::launcher::{Proc, QemuProcess};
+use crate::hypervisor::launcher::{Proc, QemuProcess, fixture};
 use crate::hypervisor::memory::MemoryFacts;
 use crate::hypervisor::{GuestMemory, Hypervisor, HypervisorError, Session};
 use crate::kernel::PfFacts;
@@ -83,7 +83,7 @@ pub(super) struct Stage {
     pub(super) wakes: mpsc::UnboundedReceiver<ObjectRef<VFClaim>>,
     client: Client,
     _server: TestApiServer,
-    _proc: tempfile::TempDir,
+    proc: tempfile::TempDir,
 }
 
 impl Stage {
@@ -134,7 +134,7 @@ impl Stage {
             wakes,
             client,
             _server: server,
-            _proc: proc,
+            proc,
         }
     }
 
@@ -198,6 +198,11 @@ impl Stage {
     pub(super) async fn now(&self, claim: &VFClaim) -> VFClaim {
         let name = claim.metadata.name.as_deref().unwrap();
         self.claims().get(name).await.unwrap()
+    }
+
+    /// The claims' VM runs, its QEMU has these VFIO groups open, and its monitor does not answer.
+    pub(super) fn run_vm(&self, groups: &[u32]) {
+        fixture::qemu(self.proc.path(), 12, "pod", groups);
     }
 
     /// VFs that the ledger says somebody has.

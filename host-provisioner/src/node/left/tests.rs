@@ -31,23 +31,42 @@ async fn attached() -> (Stage, VFClaim, PciAddress, GroupHold) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn qemu_is_asked_only_when_somebody_uses_a_vf_that_no_claim_names() {
+async fn suspicious_is_a_group_in_use_that_no_other_claim_names() {
     let (stage, claim, address, held) = attached().await;
     let another = stage.claim("02:00:00:00:00:02").await;
-    let asks = async |claim: &VFClaim| {
+    let groups = async |claim: &VFClaim| {
         let (snapshots, _) = snapshot(&stage.agent).await.unwrap();
-        suspicious(&stage.agent.ledger.lock(), claim, &snapshots)
+        suspicious(&stage.agent.ledger.lock(), claim, &snapshots).len()
     };
-    assert!(!asks(&another).await, "a claim names it");
-    assert!(asks(&claim).await, "it is written down for this one alone");
+    assert_eq!(groups(&another).await, 0, "a claim names it");
+    assert_eq!(groups(&claim).await, 1, "none but this one names it");
     stage.tear_off(&claim).await;
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     assert_eq!(stage.taken(), 0);
-    assert!(asks(&another).await);
+    assert_eq!(groups(&another).await, 1);
     drop(held);
-    assert!(!asks(&another).await, "nobody has it");
+    assert_eq!(groups(&another).await, 0, "nobody has it");
     stage.kernel.give_driver(address, Some("igbvf"));
-    assert!(!asks(&another).await, "the host uses it itself");
+    assert_eq!(groups(&another).await, 0, "the host uses it itself");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_qemu_that_has_such_a_group_open_is_asked() {
+    for has_it in [false, true] {
+        let (stage, claim, address, _held) = attached().await;
+        let vfs = stage.kernel.virtual_functions(stage.pf.address).unwrap();
+        let vf = vfs.iter().find(|vf| vf.address == address).unwrap();
+        let group = vf.iommu_group.unwrap();
+        stage.tear_off(&claim).await;
+        let anew = stage.claim(MAC).await;
+        stage.agent.ledger.lock().observe(&anew).unwrap();
+        stage.run_vm(&[if has_it { group } else { group + 1 }]);
+        let (snapshots, _) = snapshot(&stage.agent).await.unwrap();
+        match look(&stage.agent, &anew, &snapshots).await {
+            Ok((left, _)) => assert!(!has_it && left == Left::Nothing, "{left:?}"),
+            Err(error) => assert!(has_it && error.to_string().contains("QEMU"), "{error}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
