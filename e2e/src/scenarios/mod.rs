@@ -9,6 +9,7 @@ mod guests;
 mod holds;
 mod hostile;
 mod killed;
+mod memory;
 mod outages;
 mod random;
 mod real;
@@ -107,6 +108,7 @@ pub fn all() -> Vec<Scenario> {
         restarts::scenarios,
         several::scenarios,
         killed::scenarios,
+        memory::scenarios,
         outages::scenarios,
         random::scenarios,
     ] {

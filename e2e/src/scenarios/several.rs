@@ -201,7 +201,7 @@ fn one_after_another(events: &[TraceEvent]) -> Result<()> {
             what @ TraceKind::Bound { device, .. } if release::binds_vfio(what) => {
                 ensure!(bound.insert(device), "{device} was bound twice");
             }
-            TraceKind::Released { device, .. } => {
+            TraceKind::Unbind { device, .. } | TraceKind::Released { device, .. } => {
                 bound.remove(&**device);
             }
             _ => {}

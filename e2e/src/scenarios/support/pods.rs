@@ -88,7 +88,7 @@ impl Part {
     }
 
     /// SIGKILL to its processes, on the node they run on; how many there were.
-    async fn killed(self, lab: &Lab<'_>) -> Result<u32> {
+    pub async fn kill_if_any(self, lab: &Lab<'_>) -> Result<u32> {
         let script = format!(
             "n=0; {}; echo $n",
             self.each_process("kill -KILL ${p#/proc/} && ((++n))")
@@ -103,19 +103,9 @@ impl Part {
 
     /// SIGKILL to its processes; an error if it has none.
     pub async fn kill(self, lab: &Lab<'_>) -> Result<()> {
-        let killed = self.killed(lab).await?;
+        let killed = self.kill_if_any(lab).await?;
         anyhow::ensure!(killed > 0, "the {} has no process", self.name());
         Ok(())
-    }
-
-    /// Kills it if it runs, and deletes the pods that it has, so that no back-off is waited for;
-    /// how many processes there were.
-    pub async fn strike(self, lab: &Lab<'_>) -> Result<u32> {
-        let killed = self.killed(lab).await?;
-        let pods = ListParams::default().labels(self.selector());
-        let now = DeleteParams::default().grace_period(0);
-        self.api(lab).delete_collection(&now, &pods).await?;
-        Ok(killed)
     }
 
     /// Deletes its pods as an update does, with time to end; the old pods' UIDs.
