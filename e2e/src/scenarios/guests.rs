@@ -1,18 +1,20 @@
-//! What the guest does with its VM while it has a VF.
+//! What becomes of a VM while it has a VF.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use common::api::{condition, reason, type_};
 use futures::FutureExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 
 use super::support::far::sh;
-use super::support::site::{L2_NODE, PEER};
+use super::support::site::{L2_NODE, PEER, TraceKind};
 use super::support::stops::{self, Look};
-use super::support::{Lab, Wish, l2, watch};
-use super::{Scenario, scenario, traffic};
+use super::support::{Attached, Claim, Lab, Wish, l2, watch, writes};
+use super::{Scenario, release, scenario, traffic};
 use crate::clusters;
+use crate::machine::Vm;
 use crate::wait::{self, Probe};
 
 /// Longest a guest may take to boot again and be a Ready node.
@@ -22,12 +24,71 @@ const TOUCH: Duration = Duration::from_secs(240);
 const EVERY: Duration = Duration::from_secs(2);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    vec![scenario!(
-        Long,
-        "guest-reboots",
-        "the guest reboots with its VF and then touches much of its memory, all gates closed long before: it finds the VF again as it was granted, and nothing is opened for it",
-        reboots
-    )]
+    vec![
+        scenario!(
+            Long,
+            "guest-reboots",
+            "the guest reboots with its VF and then touches much of its memory, all gates closed long before: it finds the VF again as it was granted, and nothing is opened for it",
+            reboots
+        ),
+        scenario!(
+            Long,
+            "qemu-killed",
+            "QEMU is killed with the VF in it: the claim keeps the VF and says that its VM does not run, and gets it again by itself in the VM's next launcher",
+            qemu_killed
+        ),
+    ]
+}
+
+async fn qemu_killed(lab: &Lab<'_>) -> Result<()> {
+    let mac = "02:5f:00:00:76:01";
+    let (claim, before) = lab.attach(&Wish::new("killed").mac(mac).vlan(760)).await?;
+    let trace = lab.trace().await?;
+    sh(&lab.l1, &format!("kill -KILL {}", lab.qemu.pid)).await?;
+    let result = without_qemu(lab, &claim, &before).await;
+    // The VM is to run again for whoever comes next, whatever was seen.
+    lab.machine.stop_vm(L2_NODE).await?;
+    lab.machine.start_vm(&Vm::first()).await?;
+    result?;
+
+    let lab = &Lab::open(lab.dc).await?;
+    let after = lab.ready(&claim).await?;
+    ensure!(after.vf == before.vf, "{} became {}", before.vf, after.vf);
+    ensure!(
+        after.host.metadata.uid == before.host.metadata.uid,
+        "it is another copy"
+    );
+    lab.switch.reset().await?;
+    let net = traffic::net(lab, &after, 0).await?;
+    net.ping(&lab.l2, PEER, 3, Duration::from_secs(30)).await?;
+    let written = lab.trace().await?;
+    let unbound = |what: &TraceKind| matches!(what, TraceKind::Unbind { .. });
+    let taken: Vec<_> = writes::about(&trace, &written, &before.vf)?
+        .into_iter()
+        .filter(|e| unbound(&e.what))
+        .collect();
+    ensure!(taken.is_empty(), "the VF was taken meanwhile: {taken:?}");
+    lab.release(&claim).await?;
+    release::free_and_clean(lab, &before.vf, before.vf_index).await
+}
+
+/// The claim without its QEMU: the VF is its, the attachment is none.
+async fn without_qemu(lab: &Lab<'_>, claim: &Claim, before: &Attached) -> Result<()> {
+    let said = lab
+        .host_status(claim, "the attachment to be cleared", |s| {
+            let ready = condition(&s.conditions, type_::READY)?;
+            let cleared = s.attachment.is_none() && s.guest_device.is_none();
+            (cleared && ready.status != "True").then(|| (s.device.clone(), ready.reason.clone()))
+        })
+        .await?;
+    let (device, why) = said;
+    ensure!(
+        device.is_some_and(|d| d.vf_index == before.vf_index),
+        "the claim let go of VF {}",
+        before.vf_index
+    );
+    ensure!(why == reason::VM_NOT_RUNNING, "it says {why}");
+    Ok(())
 }
 
 async fn reboots(lab: &Lab<'_>) -> Result<()> {

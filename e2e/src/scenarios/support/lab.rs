@@ -66,7 +66,9 @@ pub async fn run(dc: &DataCentre, body: Body) -> Result<()> {
             .context("before the scenario: tidying up after an earlier one")?;
     }
     let result = body(&lab).await;
-    let tidied = lab.tidy().await.context("after the scenario: tidying up");
+    // The VM may be another one by now.
+    let tidied = async { Lab::open(dc).await?.tidy().await };
+    let tidied = tidied.await.context("after the scenario: tidying up");
     LEFT_TIDY.store(tidied.is_ok(), Ordering::SeqCst);
     match (result, tidied) {
         (Err(e), Err(t)) => Err(e.context(format!("and {t:#}"))),
