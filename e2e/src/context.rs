@@ -81,7 +81,7 @@ pub fn runs(ctx: &Ctx) -> Result<bool> {
     let Some(docker) = Docker::find(&ctx.paths)? else {
         return Ok(false);
     };
-    if docker.answers() && !machine::died(&ctx.paths)? {
+    if !docker.died(&ctx.paths)? && !machine::died(&ctx.paths)? {
         return Ok(true);
     }
     progress::line("the data centre that was left is not whole any more: taking it down first");

@@ -95,9 +95,15 @@ impl Docker {
         Ok(Some(serde_json::from_slice(&data)?))
     }
 
-    /// Whether the engine is there, within ten seconds.
-    #[must_use]
-    pub fn answers(&self) -> bool {
+    /// Whether the engine has ended, and its containers with it. One that is merely slow has not.
+    pub fn died(&self, paths: &Paths) -> Result<bool> {
+        if !self.private {
+            return Ok(false);
+        }
+        Ok(running(paths, "dockerd")?.is_none() || running(paths, "containerd")?.is_none())
+    }
+
+    fn answers(&self) -> bool {
         let version = self
             .cmd()
             .args(["version", "-f", "{{.Server.Version}}"])

@@ -34,15 +34,15 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 async fn without_memory(lab: &Lab<'_>) -> Result<()> {
     let before = Before::take(lab).await?;
     let all = balloon(lab).await?;
-    resize(lab, all - BALLOON).await?;
-    let result = refused(lab).await;
+    let result = refused(lab, all - BALLOON).await;
     limit(lab, "max").await?;
     resize(lab, all).await?;
     result?;
     before.nothing_left(lab).await
 }
 
-async fn refused(lab: &Lab<'_>) -> Result<()> {
+async fn refused(lab: &Lab<'_>, left: u64) -> Result<()> {
+    resize(lab, left).await?;
     let small = memory(lab).await?;
     limit(lab, &(small.charged + ROOM).to_string()).await?;
     let claim = lab.create(&Wish::new("big")).await?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use common::api::{condition, type_};
 use futures::FutureExt;
+use kube::ResourceExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
@@ -164,9 +165,17 @@ async fn torn_off(lab: &Lab<'_>) -> Result<()> {
     let old = before.host.metadata.uid.clone().context("no UID")?;
     let (api, name) = (lab.host_claims(), claim.host_name());
     let nobody = json!({"metadata": {"uid": old, "finalizers": null}});
-    api.patch(&name, &PatchParams::default(), &Patch::Merge(nobody))
-        .await?;
-    api.delete(&name, &DeleteParams::default()).await?;
+    let nobody = Patch::Merge(nobody);
+    let as_is = PatchParams::default();
+    api.patch(&name, &as_is, &nobody).await?;
+    // The controller may have put its finalizer back by now.
+    let deleted = api.delete(&name, &DeleteParams::default()).await?;
+    if let Some(there) = deleted.left()
+        && there.metadata.uid.as_ref() == Some(&old)
+        && !there.finalizers().is_empty()
+    {
+        api.patch(&name, &as_is, &nobody).await?;
+    }
     let what = "another copy to be Ready";
     watch::until(&api, &name, what, claims::ATTACH, |copy| {
         let Some(copy) = copy.filter(|c| c.metadata.uid.as_ref() != Some(&old)) else {

@@ -42,7 +42,7 @@ pub enum Unsupported {
         reserved: usize,
     },
     #[error(
-        "the VM already has a device {0} that is not a VF of this claim; nothing was changed: remove that device"
+        "the VM already has a device {0}, which is this claim's id, and the claim does not record it; nothing was changed: remove that device, or restart the VM"
     )]
     IdTaken(String),
     #[error(

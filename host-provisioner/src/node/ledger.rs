@@ -125,10 +125,7 @@ impl Ledger {
         let Some(uid) = claim.metadata.uid.as_deref() else {
             return Ok(());
         };
-        let read = claim_ref(claim);
-        self.entries.retain(|of, entry| {
-            of == uid || entry.claim.name != read.name || entry.claim.namespace != read.namespace
-        });
+        self.forget_earlier(claim);
         match Self::entry_of(claim) {
             None => {
                 let may_land = self.entries.get(uid).is_some_and(|entry| {
@@ -142,6 +139,18 @@ impl Ledger {
             }
             Some(entry) => self.enter(entry),
         }
+    }
+
+    /// Takes out what an earlier claim of that name had: of this one a consistent read was made,
+    /// and one name is one claim's at a time. Whether there was anything.
+    pub fn forget_earlier(&mut self, claim: &VFClaim) -> bool {
+        let (read, before) = (claim_ref(claim), self.entries.len());
+        self.entries.retain(|uid, entry| {
+            *uid == read.uid
+                || entry.claim.name != read.name
+                || entry.claim.namespace != read.namespace
+        });
+        self.entries.len() < before
     }
 
     /// Takes in what the API server answered when it was asked for the claim of that UID:

@@ -41,16 +41,23 @@ fn others(ledger: &Ledger, physical_function: &str, claim: &VFClaim) -> Vec<Hold
     holders
 }
 
-/// Groups of VFs on vfio-pci that no other claim names and that somebody may use. Only if the
-/// VM's QEMU has one of them open can it have a device of a claim that records none.
+/// Groups of VFs that no other claim names and that somebody may use: on vfio-pci, or just
+/// being taken from it. Only if the VM's QEMU has one of them open can it have a device of a
+/// claim that records none.
 fn unclaimed_in_use(snapshot: &PfSnapshot, holders: &[Holder]) -> BTreeSet<u32> {
     let claimed = |index| holders.iter().any(|holder| holder.vf_index == index);
-    let free = |group: &u32| snapshot.probes.get(group) == Some(&GroupProbe::Free);
-    let vfs = snapshot.vfs.iter();
-    vfs.filter(|vf| !claimed(vf.index) && vf.driver.as_deref() == Some(VFIO_PCI))
-        .filter_map(|vf| vf.iommu_group)
-        .filter(|group| !free(group))
-        .collect()
+    let vfs = snapshot.vfs.iter().filter(|vf| !claimed(vf.index));
+    vfs.filter_map(|vf| {
+        let group = vf.iommu_group?;
+        let probe = snapshot.probes.get(&group);
+        let in_use = match vf.driver.as_deref() {
+            Some(VFIO_PCI) => probe != Some(&GroupProbe::Free),
+            Some(_) => false,
+            None => matches!(probe, Some(GroupProbe::Busy | GroupProbe::Unknown(_))),
+        };
+        in_use.then_some(group)
+    })
+    .collect()
 }
 
 /// Looks; `snapshots` are the node's PFs as the kernel has them.
@@ -67,7 +74,8 @@ pub async fn look(
     // Most are somebody else's. A VM with none of them is not asked: its monitor may not answer,
     // and its claim could neither come nor go for it.
     let open = qemu::groups(agent, &launcher.pod_uid).await?;
-    if open.is_disjoint(&suspicious) {
+    let had: BTreeSet<u32> = open.intersection(&suspicious).copied().collect();
+    if had.is_empty() {
         return Ok((Left::Nothing, None));
     }
     let Some(vm) = qemu::find(agent, &launcher.pod_uid).await? else {
@@ -79,8 +87,16 @@ pub async fn look(
     };
     let ledger = agent.ledger.lock();
     let device = of_no_other(&ledger, claim, &agent.node_name, snapshots, plugged.host);
+    // QEMU's word about the VF counts only where the kernel says the same of its group.
+    let device = device.filter(|d| d.iommu_group.is_some_and(|group| had.contains(&group)));
+    let recorded = claim.status.as_ref().and_then(|s| s.device.as_ref());
+    let same = |d: &DeviceStatus| {
+        recorded.is_none_or(|r| {
+            (&r.physical_function, r.vf_index) == (&d.physical_function, d.vf_index)
+        })
+    };
     Ok(match device {
-        Some(device) => {
+        Some(device) if same(&device) => {
             let found = Found {
                 vm,
                 plugged,
@@ -88,7 +104,7 @@ pub async fn look(
             };
             (Left::Device, Some(found))
         }
-        None => (Left::Unknown(unknown(&id, plugged.host)), None),
+        _ => (Left::Unknown(unknown(&id, plugged.host)), None),
     })
 }
 
@@ -136,8 +152,8 @@ fn unknown(id: &str, host: Option<PciAddress>) -> Wait {
         reason: reason::CONFLICT,
         message: format!(
             "the VM has a device {id} of this claim already, on {host}, which is no VF that this \
-             claim can be given; nothing was changed: an administrator has to take that device \
-             out of the VM, or restart the VM"
+             claim can have; nothing was changed: an administrator has to take that device out of \
+             the VM, or restart the VM"
         ),
     }
 }

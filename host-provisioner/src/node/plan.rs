@@ -206,7 +206,7 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         return Step::Rest;
     }
     if !claim.device {
-        return without_device(seen, Step::Allocate);
+        return unless_left(seen, Step::Allocate);
     }
     let Some(vf) = &seen.vf else {
         if claim.attachment && seen.qemu.is_none() {
@@ -227,9 +227,9 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
     }
 }
 
-/// A claim that records no device, on its way up or down: before anything else it is seen
-/// whether its VM has one, which must neither get a second one nor be forgotten.
-fn without_device(seen: &Seen, otherwise: Step) -> Step {
+/// A claim that records no device, or none in a VM and somebody has its VF: before anything else
+/// it is seen whether its VM has one, which must neither get a second one nor be forgotten.
+fn unless_left(seen: &Seen, otherwise: Step) -> Step {
     match &seen.left {
         None => Step::LookForLeft,
         Some(Left::Device) => Step::TakeOver,
@@ -253,8 +253,10 @@ fn keep(seen: &Seen, address: &str) -> Step {
 
 /// The way up to the recorded attachment: nothing of QEMU's is touched yet.
 fn attach_new(vf: &VfSeen, seen: &Seen) -> Step {
-    if let Some(step) = make_ready(vf) {
-        return step;
+    match make_ready(vf) {
+        Some(step) if vf.vf == Vf::VfioHeld => return unless_left(seen, step),
+        Some(step) => return step,
+        None => {}
     }
     match &seen.qemu {
         None => Step::LookAtQemu,
@@ -341,7 +343,7 @@ fn lost(vf: &VfSeen) -> String {
 
 fn release(claim: ClaimFacts, seen: &Seen) -> Step {
     if !claim.device && claim.bound {
-        return without_device(seen, Step::Rest);
+        return unless_left(seen, Step::Rest);
     }
     if !claim.device {
         return Step::Rest;
@@ -365,9 +367,10 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
             reason::UNPLUG_PENDING,
             "the device left QEMU and the kernel still holds the VF's vfio group; the VF is freed when it is let go",
         ),
-        // It was never ours in deed: whoever has it keeps it, the claim lets go.
-        Vf::VfioHeld | Vf::OtherDriver(_) if !claim.attachment => Step::ClearDevice,
-        Vf::OtherDriver(_) | Vf::VfioHeld | Vf::Absent => Step::ClearDevice,
+        // Unless it is the VM's it was never ours in deed: whoever has it keeps it, the claim
+        // lets go.
+        Vf::VfioHeld => unless_left(seen, Step::ClearDevice),
+        Vf::OtherDriver(_) | Vf::Absent => Step::ClearDevice,
         Vf::Driverless if vf.clean => Step::ClearDevice,
         Vf::Driverless | Vf::VfioFree => Step::Clean,
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use common::api::{AttachmentStatus, VFClaim, reason};
+use common::pci::PciAddress;
 use thiserror::Error;
 
 use super::agent::Agent;
@@ -112,8 +113,16 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
         if !is_same(&vm.process, attachment, &agent.boot_id) {
             return Ok((Qemu::Gone, None));
         }
-        let view = vm.session.guest_view(&attachment.qemu_device_id).await?;
-        return Ok((Qemu::Running(in_qemu(view)), Some(vm)));
+        let id = &attachment.qemu_device_id;
+        let view = in_qemu(vm.session.guest_view(id).await?);
+        let recorded = status.and_then(|s| s.device.as_ref()?.pci_address.as_deref());
+        if view != InQemu::Absent
+            && let Some(plugged) = vm.session.plugged(id).await?
+            && let Some(why) = another(recorded, plugged.host)
+        {
+            return Ok((why, Some(vm)));
+        }
+        return Ok((Qemu::Running(view), Some(vm)));
     }
     if !vm.process.user_ns_is_init {
         return Ok((unsupported(&Unsupported::UserNamespace), Some(vm)));
@@ -125,6 +134,23 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
         Err(why) => unsupported(&why),
     };
     Ok((seen, Some(vm)))
+}
+
+/// Why the device that QEMU has under the claim's id is not what the claim records: its record is
+/// of another time. Nothing may then be done to the VF that it names.
+fn another(recorded: Option<&str>, host: Option<PciAddress>) -> Option<Qemu> {
+    let host = host.map_or_else(|| "none".to_owned(), |host| host.to_string());
+    if recorded == Some(host.as_str()) {
+        return None;
+    }
+    Some(Qemu::Unsupported {
+        reason: reason::CONFLICT,
+        message: format!(
+            "the claim records the host device {}, and its VM has {host} in its place; nothing is \
+             done to either: restart the VM, or have an administrator take the device out of it",
+            recorded.unwrap_or("none")
+        ),
+    })
 }
 
 fn in_qemu(view: GuestView) -> InQemu {
@@ -161,4 +187,26 @@ pub fn choose_port(
         }
     }
     vm_plan::choose_port(machine, reserved).map(|port| port.id.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_recorded_device_is_the_claims() {
+        let at = |address: &str| address.parse().ok();
+        let recorded = Some("0000:01:10.0");
+        assert_eq!(another(recorded, at("0000:01:10.0")), None);
+        for (recorded, host) in [
+            (recorded, at("0000:01:10.2")),
+            (recorded, None),
+            (None, at("0000:01:10.0")),
+        ] {
+            let Some(Qemu::Unsupported { reason, .. }) = another(recorded, host) else {
+                panic!("{recorded:?} {host:?}")
+            };
+            assert_eq!(reason, reason::CONFLICT);
+        }
+    }
 }

@@ -154,6 +154,11 @@ impl Walk {
     }
 
     async fn run(&mut self) -> Result<End, ReconcileError> {
+        if self.agent.ledger.lock().forget_earlier(&self.claim) {
+            tracing::info!(claim = self.claim.metadata.name, "it was made anew");
+            listen::prune(&self.agent);
+            self.agent.tell_pool_changed();
+        }
         if let Err(doubled) = self.agent.ledger.lock().observe(&self.claim) {
             tracing::error!(claim = self.claim.metadata.name, %doubled, "not acted on");
             self.doubled = true;
@@ -392,12 +397,16 @@ impl Walk {
     }
 
     async fn clear_device(&mut self) -> Result<(), ReconcileError> {
+        let attached = self.facts().attachment;
         let claim = release::clear_device(&self.api, &self.claim).await?;
         self.renew(claim)?;
-        if self.facts().deleting {
-            // Just seen, or never its own.
-            self.seen.left = Some(Left::Nothing);
-        }
+        // Of an attachment it was seen that QEMU has nothing; else it was looked, or is yet.
+        let left = self.seen.left.take().or(attached.then_some(Left::Nothing));
+        self.seen = Seen {
+            left,
+            ..Seen::default()
+        };
+        self.vm = None;
         listen::prune(&self.agent);
         self.agent.tell_pool_changed();
         Ok(())

@@ -463,7 +463,10 @@ fn send(
                     (walk.turn, walk.vf, walk.qemu, walk.left) = (false, None, None, None);
                 }
                 Write::TakeOver { .. } => walk.left = None,
-                Write::ClearDevice if copy.deleting => walk.left = Some(None),
+                Write::ClearDevice => {
+                    walk.left = walk.left.or(claim.attachment.map(|_| None));
+                    (walk.vf, walk.qemu) = (None, None);
+                }
                 _ => {}
             }
             debug_assert_eq!(claim.uid, copy.uid);

@@ -76,6 +76,13 @@ fn two_claims_of_one_vm_and_a_copy_torn_off() {
         ..NOTHING
     };
     check("a copy of two torn off", Setting { budget, ..PAIR });
+    let group_of = [0, 0];
+    let shared = Setting {
+        group_of,
+        budget,
+        ..PAIR
+    };
+    check("a copy of two in one group torn off", shared);
 }
 
 #[test]

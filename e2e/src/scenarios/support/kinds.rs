@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use common::api::{PhysicalFunction, VFClass};
-use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 
 use super::lab::{Lab, MARK};
 use crate::deploy::apply::{self, MANAGER};
-use crate::deploy::names::{CLASS, DEFAULT_CLASS, GUEST_CLUSTER, TENANT_NAMESPACE};
+use crate::deploy::names::{CLASS, DEFAULT_CLASS, GUEST_CLUSTER, SYSTEM, TENANT_NAMESPACE};
 use crate::wait::{self, Probe};
 
 /// The name of the object for the PF at `address`; waits for the agent's first report.
@@ -168,6 +168,9 @@ pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
         .await?;
     Api::<Node>::all(lab.guest.clone())
         .delete_collection(&now, &marked)
+        .await?;
+    Api::<Pod>::namespaced(lab.host.clone(), SYSTEM)
+        .delete_collection(&DeleteParams::default().grace_period(0), &marked)
         .await?;
     Ok(())
 }

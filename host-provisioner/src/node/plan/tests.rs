@@ -87,6 +87,21 @@ fn what_an_earlier_copy_left_in_the_vm_is_taken_over_on_the_way_up_and_down() {
         );
     }
     assert_eq!(of(true, Left::Nothing), Step::Rest);
+    // The record of the attachment alone may be lost.
+    let held = |deleting, left| {
+        let seen = Seen {
+            vf: vf(Vf::VfioHeld, true, false),
+            left,
+            ..Seen::default()
+        };
+        next_step(claim(deleting, true, false), &seen)
+    };
+    for deleting in [false, true] {
+        assert_eq!(held(deleting, None), Step::LookForLeft);
+        assert_eq!(held(deleting, Some(Left::Device)), Step::TakeOver);
+    }
+    assert!(matches!(held(false, Some(Left::Nothing)), Step::Wait(_)));
+    assert_eq!(held(true, Some(Left::Nothing)), Step::ClearDevice);
     let unbound = ClaimFacts {
         bound: false,
         ..claim(true, false, false)
@@ -159,7 +174,7 @@ fn what_somebody_else_has_is_never_cleaned() {
             vf: vf(foreign.clone(), false, false),
             qemu: None,
             service: None,
-            left: None,
+            left: Some(Left::Nothing),
         };
         assert_eq!(
             next_step(claim(true, true, false), &seen),

@@ -240,6 +240,26 @@ fn a_group_is_shared_within_one_vm_only() {
 }
 
 #[test]
+fn a_vf_beside_an_attached_one_is_not_proven_free() {
+    let mut pool = input(PF1, 3);
+    let group = pool.vfs[0].iommu_group;
+    let both: Vec<PciAddress> = pool.vfs.iter().take(2).map(|vf| vf.address).collect();
+    for vf in pool.vfs.iter_mut().take(2) {
+        vf.iommu_group = group;
+        vf.group_members.clone_from(&both);
+        vf.driver = Some(VFIO_PCI.to_owned());
+    }
+    pool.holders = vec![Holder {
+        attached: true,
+        ..holder("b", 0)
+    }];
+    let view = PfView::new(pool.clone());
+    let states: Vec<VfState> = view.vfs.iter().map(|vf| vf.state).collect();
+    assert_eq!(states, [VfState::Attached, VfState::Foreign, VfState::Free]);
+    assert_eq!(choose(&[view], &wish("a")).unwrap().vf_index, 2);
+}
+
+#[test]
 fn free_is_proven_or_it_is_foreign() {
     let mut pool = input(PF1, 7);
     let groups: Vec<u32> = (1..4).map(|i| on(&mut pool.vfs[i], VFIO_PCI)).collect();

@@ -281,21 +281,25 @@ fn foreign_reason(vf: &VfFacts, input: &PfInput) -> Option<ForeignReason> {
                 Some(ForeignReason::NotProven("its group has no node".to_owned()))
             }
             Some(GroupProbe::Unknown(why)) => Some(ForeignReason::NotProven(why.clone())),
-            // Not probed, because a member of the group is claimed: whoever has
-            // the group is that claim's VM, and only it may get this VF.
-            None if shares_a_claim(vf, input) => None,
+            // Not probed, because a member of the group is claimed. A VM that has the group may
+            // have this VF too, of a claim whose record was lost.
+            None if shares_a_claim(vf, input, |holder| holder.attached) => Some(
+                ForeignReason::NotProven("its group is in use by a claim's VM".to_owned()),
+            ),
+            // Whoever has the group is that claim's VM, and only it may get this VF.
+            None if shares_a_claim(vf, input, |_| true) => None,
             None => Some(ForeignReason::NotProven("not probed".to_owned())),
         },
         Some(other) => Some(ForeignReason::Driver(other.to_owned())),
     }
 }
 
-fn shares_a_claim(vf: &VfFacts, input: &PfInput) -> bool {
+fn shares_a_claim(vf: &VfFacts, input: &PfInput, such: impl Fn(&Holder) -> bool) -> bool {
     input.vfs.iter().any(|other| {
         other.iommu_group == vf.iommu_group
             && input
                 .holders
                 .iter()
-                .any(|holder| holder.vf_index == other.index)
+                .any(|holder| holder.vf_index == other.index && such(holder))
     })
 }

@@ -11,7 +11,7 @@ use super::Walk;
 use super::end::{End, WAITING};
 use crate::node::error::ReconcileError;
 use crate::node::hold::Drift;
-use crate::node::plan::{Service, Wait};
+use crate::node::plan::{InQemu, Qemu, Service, Wait};
 use crate::node::pool::wanted_config;
 use crate::node::report::Outcome;
 use crate::node::vf::{self, VfError};
@@ -132,7 +132,15 @@ impl Walk {
         self.claim.metadata.uid.as_deref().unwrap_or_default()
     }
 
+    /// The device that the guest has: as it was reported, or as QEMU has just said.
     fn reported(&self) -> Option<GuestDevice> {
-        self.status().and_then(|s| s.guest_device.clone())
+        let reported = self.status().and_then(|s| s.guest_device.clone());
+        reported.or_else(|| match &self.seen.qemu {
+            Some(Qemu::Running(InQemu::Configured(address))) => Some(GuestDevice {
+                pci_address: address.clone(),
+                mac_address: self.admitted().ok()?.network.mac_address.clone(),
+            }),
+            _ => None,
+        })
     }
 }
