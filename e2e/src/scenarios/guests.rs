@@ -33,14 +33,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         ),
         scenario!(
             Long,
-            "qemu-killed",
+            "qemu-dies",
             "QEMU is killed with the VF in it: the claim keeps the VF and says that its VM does not run, and gets it again by itself in the VM's next launcher",
-            qemu_killed
+            qemu_dies
         ),
     ]
 }
 
-async fn qemu_killed(lab: &Lab<'_>) -> Result<()> {
+async fn qemu_dies(lab: &Lab<'_>) -> Result<()> {
     let mac = "02:5f:00:00:76:01";
     let (claim, before) = lab.attach(&Wish::new("killed").mac(mac).vlan(760)).await?;
     let trace = lab.trace().await?;
