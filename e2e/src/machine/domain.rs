@@ -96,8 +96,7 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
         })
         .collect();
     // The card and its network by the command line: libvirt's user interface has no
-    // address range, and every VM must have its own. The balloon, which KubeVirt gives to its
-    // VMs too, so that it takes no root port.
+    // address range, and every VM must have its own.
     format!(
         "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{NAMESPACE}_{name}</name>
@@ -133,8 +132,6 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     <qemu:arg value='user,id=tenant,net=10.0.{network}.0/24,host=10.0.{network}.2'/>
     <qemu:arg value='-device'/>
     <qemu:arg value='virtio-net-pci,netdev=tenant,mac={mac},romfile=,bus=pcie.0,addr=0x10'/>
-    <qemu:arg value='-device'/>
-    <qemu:arg value='virtio-balloon-pci,id=balloon,bus=pcie.0,addr=0x11'/>
     <qemu:arg value='-overcommit'/>
     <qemu:arg value='cpu-pm=on'/>
     <qemu:arg value='-qmp'/>

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::several::Before;
 use super::support::far::sh;
+use super::support::ports::Fillers;
 use super::support::{Lab, Wish};
 use super::{Scenario, scenario};
 use crate::wait::{self, Probe};
@@ -33,10 +34,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 async fn without_memory(lab: &Lab<'_>) -> Result<()> {
     let before = Before::take(lab).await?;
+    let device = Fillers::balloon(lab).await?;
     let all = balloon(lab).await?;
     let result = refused(lab, all - BALLOON).await;
     limit(lab, "max").await?;
-    resize(lab, all).await?;
+    // The guest has its memory back when it has let the balloon go.
+    device.unplug(lab).await?;
     result?;
     before.nothing_left(lab).await
 }

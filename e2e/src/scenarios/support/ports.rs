@@ -1,4 +1,4 @@
-//! A VM whose root ports are taken: small devices plugged into every free one by QMP.
+//! Devices of the harness's own in a VM's root ports, plugged by QMP.
 
 use std::time::Duration;
 
@@ -15,16 +15,25 @@ const PREFIX: &str = "e2e-fill-";
 pub struct Fillers;
 
 impl Fillers {
+    /// A small device in every free port.
     pub async fn plug(lab: &Lab<'_>) -> Result<Self> {
+        Self::plug_into(lab, "virtio-rng-pci", usize::MAX).await
+    }
+
+    /// A balloon in one of them, as KubeVirt's VMs have from their start.
+    pub async fn balloon(lab: &Lab<'_>) -> Result<Self> {
+        Self::plug_into(lab, "virtio-balloon-pci", 1).await
+    }
+
+    async fn plug_into(lab: &Lab<'_>, driver: &str, most: usize) -> Result<Self> {
         let buses = lab.qemu.qmp("query-pci", &json!({})).await?;
         let mut ports = Vec::new();
         for bus in buses.as_array().into_iter().flatten() {
             free_ports(bus.get("devices"), &mut ports);
         }
         ensure!(!ports.is_empty(), "the VM has no free port to fill");
-        for port in &ports {
-            let device =
-                json!({"driver": "virtio-rng-pci", "id": format!("{PREFIX}{port}"), "bus": port});
+        for port in ports.iter().take(most) {
+            let device = json!({"driver": driver, "id": format!("{PREFIX}{port}"), "bus": port});
             lab.qemu.qmp("device_add", &device).await?;
         }
         taken_up(lab).await?;
