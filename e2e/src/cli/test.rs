@@ -1,6 +1,8 @@
 //! `cargo e2e test`: cargo's tests, then the scenarios on a data centre that runs already
 //! or is set up for the run and taken down after it.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::machine::{self, Pulse};
@@ -58,13 +60,17 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
 }
 
 /// How often a run sets its machines up anew after the emulator lost them.
-const ANEW: u32 = 4;
+const ANEW: u32 = 8;
+/// How long after its begin it still does so: the rest must fit into the time that a check of
+/// a change has.
+const ANEW_WITHIN: Duration = Duration::from_secs(45 * 60);
 
 /// Runs the scenarios. One that met the loss of an emulated machine runs again on new ones,
 /// and the run says so; with no try left it has failed, and those after it too.
 async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
     let mut count = Count::default();
     let mut rest = wanted;
+    let begun = Instant::now();
     for left in (0..=ANEW).rev() {
         let (ran, dc) = match set_up(ctx, rest).await {
             Ok((dc, pulse)) => (
@@ -91,6 +97,9 @@ async fn hardware(ctx: &Ctx, wanted: &[Scenario]) -> Result<Count> {
             return Ok(count);
         };
         rest = rest.get(at..).unwrap_or_default();
+        if begun.elapsed() > ANEW_WITHIN {
+            break;
+        }
         if left > 0 {
             println!("AGAIN   from here, with what was lost set up anew: {seen}");
             let vm_alone = match &dc {
