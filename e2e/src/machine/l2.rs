@@ -225,7 +225,8 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
     let xml = domain::xml(vm, &l1.kernel, &hosts);
     let pods: Api<Pod> = Api::namespaced(host.client(), NAMESPACE);
     let pod = objects::pod_name(&vm.name);
-    if pods.get_opt(&pod).await?.is_none_or(|p| ended(&p)) {
+    let lives = pods.get_opt(&pod).await?.is_some_and(|p| !ended(&p));
+    if !lives {
         // As in KubeVirt, a VMI is over when its launcher is: the next one has a uid and a
         // status of its own.
         down(host, guest, &vm.name).await?;
@@ -239,7 +240,7 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
     ] {
         apply(host, &object).await?;
     }
-    if pods.get_opt(&pod).await?.is_none() {
+    if !lives {
         // A kubelet that finds the claim unbound looks again after ten seconds only.
         bound(host, &vm.name).await?;
         apply(host, &objects::pod(vm, &uid)).await?;

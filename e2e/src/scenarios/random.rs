@@ -6,13 +6,14 @@ use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use common::api::{condition, type_};
+use common::api::type_;
 use fastrand::Rng;
 use futures::FutureExt;
 use futures::future::try_join_all;
 use kube::api::ListParams;
 
 use super::several::Before;
+use super::support::claims::truth;
 use super::support::pods::Part;
 use super::support::{Claim, Lab, Wish};
 use super::{Scenario, scenario};
@@ -125,9 +126,7 @@ impl Run {
             Deed::Delete if !self.alive.is_empty() => {
                 let claim = self.alive.swap_remove(self.rng.usize(0..self.alive.len()));
                 let now = lab.guest_claims().get(&claim.name).await?;
-                let all = now.status.as_ref().map(|s| s.conditions.as_slice());
-                let ready = all.and_then(|all| condition(all, type_::READY));
-                self.served += u32::from(ready.is_some_and(|c| c.status == "True"));
+                self.served += u32::from(truth(&now, type_::READY) == Some("True"));
                 lab.delete(&claim).await?;
                 self.going.push(claim);
             }

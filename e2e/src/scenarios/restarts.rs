@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::api::{condition, type_};
+use common::api::type_;
 use futures::FutureExt;
 use kube::ResourceExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -181,11 +181,9 @@ async fn torn_off(lab: &Lab<'_>) -> Result<()> {
         let Some(copy) = copy.filter(|c| c.metadata.uid.as_ref() != Some(&old)) else {
             return Ok(Probe::NotYet("there is none".into()));
         };
-        let all = copy.status.as_ref().map(|s| s.conditions.as_slice());
-        let ready = all.and_then(|all| condition(all, type_::READY));
-        Ok(match ready {
-            Some(c) if c.status == "True" => Probe::Ready(()),
-            other => Probe::NotYet(format!("{other:?}")),
+        Ok(match claims::truth(copy, type_::READY) {
+            Some("True") => Probe::Ready(()),
+            _ => Probe::NotYet(claims::told(copy)),
         })
     })
     .await?;

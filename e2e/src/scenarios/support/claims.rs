@@ -354,7 +354,8 @@ fn conditions(claim: &VFClaim) -> Option<&[Condition]> {
     claim.status.as_ref().map(|s| s.conditions.as_slice())
 }
 
-fn truth<'c>(claim: &'c VFClaim, type_: &str) -> Option<&'c str> {
+/// The status of one of the claim's conditions, if it has that.
+pub fn truth<'c>(claim: &'c VFClaim, type_: &str) -> Option<&'c str> {
     condition(conditions(claim)?, type_).map(|c| c.status.as_str())
 }
 
