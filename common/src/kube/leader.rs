@@ -218,37 +218,43 @@ impl Candidate {
         plan(&self.observed, &self.config.identity, Instant::now()) == Step::Renew
     }
 
-    async fn acquire(&mut self) {
+    /// Gets the Lease, and says when the try that got it began: from then on
+    /// others may count how long it stands unchanged.
+    async fn acquire(&mut self) -> Instant {
+        let deadline = self.config.renew_deadline;
         loop {
-            match self.attempt().await {
-                Ok(true) => return,
-                Ok(false) => {}
-                Err(error) => tracing::warn!(%error, lease = self.config.name, "leader election"),
+            let begun = Instant::now();
+            let lease = self.config.name.clone();
+            // What an answer that comes later says of the Lease may be over.
+            match tokio::time::timeout(deadline, self.attempt()).await {
+                Ok(Ok(true)) => return begun,
+                Ok(Ok(false)) => {}
+                Ok(Err(error)) => tracing::warn!(%error, lease, "leader election"),
+                Err(_) => tracing::warn!(lease, "leader election: no answer"),
             }
             tokio::time::sleep(self.config.retry_period).await;
         }
     }
 
-    /// Renews until that has failed for the renew deadline.
-    async fn keep(&mut self) {
-        let mut renewed = Instant::now();
+    /// Renews, until there has been no success for the renew deadline since
+    /// `renewed`. Pauses and tries are both bounded by it: a request that hangs
+    /// does not make the term longer. A success counts from when its try began.
+    async fn keep(&mut self, mut renewed: Instant) {
         loop {
-            tokio::time::sleep(self.config.retry_period).await;
             let left = self.config.renew_deadline.saturating_sub(renewed.elapsed());
-            // A try that began before the deadline may not outlast it.
-            let begun = Instant::now();
-            if left.is_zero() {
-                return;
-            }
-            match tokio::time::timeout(left, self.attempt()).await {
-                Ok(Ok(true)) => renewed = begun,
+            let pause = self.config.retry_period;
+            let tried = async {
+                tokio::time::sleep(pause).await;
+                (Instant::now(), self.attempt().await)
+            };
+            match tokio::time::timeout(left, tried).await {
+                Ok((begun, Ok(true))) => renewed = begun,
                 // Somebody else wrote to the Lease but left it ours.
-                Ok(Ok(false)) if self.holds() => {}
-                Ok(Ok(false)) => return,
-                Ok(Err(error)) => {
+                Ok((_, Ok(false))) if self.holds() => {}
+                Ok((_, Ok(false))) | Err(_) => return,
+                Ok((_, Err(error))) => {
                     tracing::warn!(%error, lease = self.config.name, "cannot renew the Lease");
                 }
-                Err(_) => return,
             }
         }
     }
@@ -273,9 +279,16 @@ impl Candidate {
 /// Waits for the Lease, then runs `work` while it is held. `None` when `stop`
 /// came before the Lease did.
 ///
-/// `work` gets a token that is cancelled when `stop` is or when the Lease is
-/// lost; it should end soon after. On a stop the Lease is given up once `work`
-/// has ended. A lost Lease is [`LeaderError::Lost`], after `work` has ended:
+/// `work` gets a token that is cancelled when `stop` is; it should end soon
+/// after, and keeps the Lease until it has. Then the Lease is given up.
+///
+/// A lost Lease is [`LeaderError::Lost`], and `work` is not asked but dropped
+/// where it is: once this returns, none of its futures is polled any more, and a
+/// request that waited to be sent is not sent. That holds for what `work` runs
+/// itself; what it has spawned it must end on drop, and better not spawn. Two
+/// things cannot be taken back: a request that is on its way may still be carried
+/// out, and a process that was stopped (SIGSTOP, a paused VM) may send one before
+/// it sees how late it is. So each write must carry what it was decided on, and
 /// the process should end, so that nothing of its state outlives its term.
 pub async fn run_as_leader<F, Fut, T>(
     client: Client,
@@ -301,25 +314,22 @@ where
         identity = candidate.config.identity,
         "waiting to lead"
     );
-    tokio::select! {
+    let won = tokio::select! {
         () = stop.cancelled() => return Ok(None),
-        () = candidate.acquire() => {}
-    }
+        won = candidate.acquire() => won,
+    };
     tracing::info!(lease, identity = candidate.config.identity, "leading");
 
-    let term = stop.child_token();
-    let work = work(term.clone());
-    tokio::pin!(work);
     tokio::select! {
-        done = &mut work => {
+        // The Lease first: nothing is begun in a term that is over. `select!`
+        // drops what did not win before it goes on.
+        biased;
+        () = candidate.keep(won) => Err(LeaderError::Lost(lease)),
+        done = work(stop.child_token()) => {
             candidate.release().await;
-            return Ok(Some(done));
+            Ok(Some(done))
         }
-        () = candidate.keep() => {}
     }
-    term.cancel();
-    work.await;
-    Err(LeaderError::Lost(lease))
 }
 
 #[cfg(test)]

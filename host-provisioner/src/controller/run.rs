@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -144,8 +145,9 @@ impl Controller {
     }
 }
 
-/// Works until `stop`; what is under way then is finished first. `check` turns
-/// good when every cache is filled.
+/// Works until `stop`; what is under way then is finished first. Dropped, it ends
+/// where it is: nothing that writes is a task of its own. `check` turns good when
+/// every cache is filled.
 pub async fn run(
     client: Client,
     settings: Settings,
@@ -244,9 +246,10 @@ async fn work<K, F, Fut>(
     .take_until(stop.cancelled_owned());
     let done = applier(
         move |object, controller| {
-            // A task of its own: its panic, if ever, is not the queue's.
-            let running = tokio::spawn(reconcile(controller, object));
-            running.map_err(Crashed).boxed()
+            // Its panic, if ever, is not the queue's. No task of its own: that
+            // would go on writing when the queue is dropped, as it is with a lost Lease.
+            let running = AssertUnwindSafe(reconcile(controller, object)).catch_unwind();
+            running.map_err(|_| Crashed).boxed()
         },
         |_, _: &Crashed, controller: Arc<Controller>| {
             Action::requeue(controller.settings.retry_max)
@@ -267,7 +270,7 @@ async fn work<K, F, Fut>(
     }
 }
 
-/// A reconcile that did not come back.
+/// A reconcile that did not come back; the panic itself is in the log.
 #[derive(Debug, Error)]
-#[error("a reconcile ended abnormally: {0}")]
-struct Crashed(tokio::task::JoinError);
+#[error("a reconcile panicked")]
+struct Crashed;
