@@ -16,6 +16,7 @@
 //! Keep the server in the test, not in a `static`: a static is never dropped, and its
 //! temporary folder would stay.
 
+pub mod gate;
 mod keeper;
 mod pki;
 
@@ -64,6 +65,8 @@ pub enum Error {
         what: String,
         source: Box<kube::Error>,
     },
+    #[error("never were {0} requests held at the gate")]
+    NotHeld(usize),
     #[error("{}: {why}", .path.display())]
     Yaml { path: PathBuf, why: String },
     #[error("CRD {name} was not established after {} s: {last}", ESTABLISHED.as_secs())]
