@@ -14,14 +14,12 @@ use std::time::{Duration, Instant};
 use common::api::{ConditionStatus, GuestRef, NewCondition, VFClaim, VFClaimSpec, type_};
 use common::kube::client::ClientOptions;
 use common::kube::status::{Report, decide, report};
-use common::kube::{KubeClient, LeaderConfig, LeaderError, finalizer, is_conflict, run_as_leader};
+use common::kube::{KubeClient, finalizer, is_conflict};
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
-use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, DeleteParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::{Map, json};
 use test_apiserver::TestApiServer;
-use tokio_util::sync::CancellationToken;
 
 fn crds() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates")
@@ -113,71 +111,6 @@ async fn a_kubeconfig_that_is_not_there_is_named() {
     };
     let error = KubeClient::new(&options).await.err().unwrap().to_string();
     assert!(error.contains("/nowhere/kubeconfig"), "{error}");
-}
-
-fn candidate(name: &str) -> LeaderConfig {
-    LeaderConfig {
-        namespace: "default".to_owned(),
-        name: "test".to_owned(),
-        identity: name.to_owned(),
-        lease_duration: Duration::from_secs(3),
-        renew_deadline: Duration::from_secs(2),
-        retry_period: Duration::from_millis(200),
-    }
-}
-
-#[tokio::test]
-async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
-    let server = TestApiServer::start().await.unwrap();
-    let leases: Api<Lease> = Api::namespaced(server.admin(), "default");
-    let holder = || async {
-        let lease = leases.get_opt("test").await.unwrap();
-        lease.and_then(|l| l.spec).and_then(|s| s.holder_identity)
-    };
-    let start = |name: &str| {
-        let stop = CancellationToken::new();
-        let run = run_as_leader(
-            server.admin(),
-            candidate(name),
-            stop.clone(),
-            |term| async move {
-                term.cancelled().await;
-            },
-        );
-        (stop, tokio::spawn(run))
-    };
-    let (stop_one, one) = start("one");
-    eventually("one leads", || async {
-        holder().await.as_deref() == Some("one")
-    })
-    .await;
-    let (stop_two, two) = start("two");
-    // Longer than the lease: a leader that renews keeps it.
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(4) {
-        assert_eq!(holder().await.as_deref(), Some("one"));
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    stop_one.cancel();
-    assert!(matches!(one.await.unwrap(), Ok(Some(()))));
-    eventually("two leads", || async {
-        holder().await.as_deref() == Some("two")
-    })
-    .await;
-
-    // Somebody else writes his name: two ends its work and says so.
-    let mut lease = leases.get("test").await.unwrap();
-    loop {
-        lease.spec.as_mut().unwrap().holder_identity = Some("three".to_owned());
-        match leases.replace("test", &PostParams::default(), &lease).await {
-            Ok(_) => break,
-            Err(e) => assert!(is_conflict(&e), "{e}"),
-        }
-        lease = leases.get("test").await.unwrap();
-    }
-    assert!(matches!(two.await.unwrap(), Err(LeaderError::Lost(_))));
-    drop(stop_two);
-    server.stop().await.unwrap();
 }
 
 /// A server with our CRDs and the claim `a`.
