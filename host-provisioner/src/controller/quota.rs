@@ -1,7 +1,11 @@
 //! Grants under way: claims whose first grant may have been written and is not
 //! in the cache yet. In memory only: after a restart the cache has them all.
-//! Two leaders at once could grant one claim too many for a moment; the Lease
-//! makes that rare, and nothing but a bound depends on it.
+//!
+//! Two leaders at once may each give the last places, to different claims: each
+//! grant is a compare-and-swap on its own claim, and none of them on the quota.
+//! What was granted too much stays until claims go, as after a quota was lowered,
+//! and no place is given before the guest is below its quota. The Lease makes
+//! that rare, and nothing but a bound depends on it.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};

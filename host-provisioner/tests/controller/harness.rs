@@ -9,7 +9,7 @@ use common::api::{
     VFClassSpec, condition, host_claim_name,
 };
 use common::telemetry::{Health, metrics};
-use host_provisioner::controller::{Settings, run, vmi};
+use host_provisioner::controller::{ControllerError, Settings, run, vmi};
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -19,6 +19,7 @@ use kube::discovery::pinned_kind;
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use test_apiserver::TestApiServer;
+use test_apiserver::gate::Gate;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -58,7 +59,7 @@ fn rendered(template: &str) -> Vec<Value> {
 pub struct Harness {
     pub server: TestApiServer,
     pub admin: Client,
-    running: Option<(CancellationToken, JoinHandle<()>)>,
+    running: Vec<(CancellationToken, JoinHandle<()>)>,
 }
 
 impl Harness {
@@ -90,7 +91,7 @@ impl Harness {
         let harness = Self {
             server,
             admin,
-            running: None,
+            running: Vec::new(),
         };
         for template in [
             "controller-rbac.yaml",
@@ -129,41 +130,46 @@ impl Harness {
         harness
     }
 
-    pub async fn start(&mut self) {
-        let client = self.server.client_for(CONTROLLER, &[]).await.unwrap();
-        let settings = Settings {
-            guest_cluster_role: "hp-guest".to_owned(),
-            workers: 8,
-            timeout: Duration::from_secs(15),
-            retry_start: Duration::from_millis(200),
-            retry_max: Duration::from_secs(5),
-            instance: Some("test".to_owned()),
-        };
-        let stop = CancellationToken::new();
-        let token = stop.clone();
-        let task = tokio::spawn(async move {
-            let check = Health::default().check("controller", "starting");
-            run(client, settings, &metrics(), check, token)
-                .await
-                .unwrap();
-        });
-        self.running = Some((stop, task));
+    /// Starts one more controller; what it writes goes through the gate.
+    pub async fn start(&mut self) -> Gate {
+        let gate = Gate::default();
+        let client = self.controllers_client(&gate).await;
+        self.start_through(client);
+        gate
     }
 
-    /// Stops the controller in order; it must come to an end.
+    /// A client with the controller's rights, and none to its name.
+    pub async fn controllers_client(&self, gate: &Gate) -> Client {
+        gate.client(self.server.client_for(CONTROLLER, &[]).await.unwrap())
+    }
+
+    pub fn start_through(&mut self, client: Client) {
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let task = tokio::spawn(async move { controller(client, token).await.unwrap() });
+        self.running.push((stop, task));
+    }
+
+    /// Ends the controller that was started last, as SIGKILL would.
+    pub async fn kill_last(&mut self) {
+        let (_, task) = self.running.pop().unwrap();
+        task.abort();
+        assert!(task.await.unwrap_err().is_cancelled());
+    }
+
+    /// Stops all controllers in order; they must come to an end.
     pub async fn halt(&mut self) {
-        let (stop, task) = self.running.take().unwrap();
-        stop.cancel();
-        tokio::time::timeout(PATIENCE, task)
-            .await
-            .expect("the controller ends")
-            .unwrap();
+        for (stop, task) in self.running.drain(..) {
+            stop.cancel();
+            tokio::time::timeout(PATIENCE, task)
+                .await
+                .expect("the controller ends")
+                .unwrap();
+        }
     }
 
     pub async fn end(mut self) {
-        if self.running.is_some() {
-            self.halt().await;
-        }
+        self.halt().await;
         self.server.stop().await.unwrap();
     }
 
@@ -325,6 +331,20 @@ impl Harness {
         })
         .await;
     }
+}
+
+/// The controller itself.
+pub async fn controller(client: Client, stop: CancellationToken) -> Result<(), ControllerError> {
+    let settings = Settings {
+        guest_cluster_role: "hp-guest".to_owned(),
+        workers: 8,
+        timeout: Duration::from_secs(15),
+        retry_start: Duration::from_millis(200),
+        retry_max: Duration::from_secs(5),
+        instance: Some("test".to_owned()),
+    };
+    let check = Health::default().check("controller", "starting");
+    run(client, settings, &metrics(), check, stop).await
 }
 
 /// A host copy of the claim with UID `uid` in guest cluster `blue`.

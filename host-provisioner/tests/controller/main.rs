@@ -12,3 +12,4 @@
 mod claims;
 mod guests;
 mod harness;
+mod leaders;
