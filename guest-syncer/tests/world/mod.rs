@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ use kube::{Client, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use test_apiserver::TestApiServer;
+use test_apiserver::gate::Gate;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +39,9 @@ pub const CLUSTER: &str = "blue";
 /// Its claim namespace on the host.
 pub const CLAIMS: &str = "claims-blue";
 pub const UUID: &str = "6f1c1c3e-0d3d-4d4b-9a57-8a3a0f4f6a01";
+
+/// A syncer at work.
+pub type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// One pair at a time: four API servers at once starve a small machine.
 static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -53,7 +58,9 @@ pub struct World {
     /// Of the syncer that was started last.
     pub metrics: Metrics,
     pub dir: tempfile::TempDir,
-    syncer: Option<(CancellationToken, JoinHandle<()>)>,
+    /// Bound of a syncer's calls to the host.
+    pub timeout: Duration,
+    syncers: Vec<(CancellationToken, JoinHandle<()>)>,
     _one: tokio::sync::MutexGuard<'static, ()>,
 }
 
@@ -86,7 +93,8 @@ impl World {
             },
             metrics: telemetry::metrics(),
             dir: tempfile::tempdir().unwrap(),
-            syncer: None,
+            timeout: Duration::from_secs(3),
+            syncers: Vec::new(),
             _one: one,
         };
         world.furnish().await;
@@ -146,19 +154,44 @@ impl World {
         path
     }
 
-    /// Starts the syncer with the certificate of this guest.
-    pub async fn start(&mut self) {
+    /// Starts one more syncer with the certificate of this guest. What it writes
+    /// goes through the gate.
+    pub async fn start(&mut self) -> Gate {
         self.start_as(&format!("{GUEST_USER_PREFIX}{CLUSTER}"))
-            .await;
+            .await
     }
 
-    pub async fn start_as(&mut self, host_user: &str) {
+    pub async fn start_as(&mut self, host_user: &str) -> Gate {
         let uid = syncer::cluster_uid(&self.guest.admin()).await.unwrap();
-        self.start_with(host_user, uid).await;
+        self.start_with(host_user, uid).await
     }
 
     /// Starts a syncer that began when this cluster's UID was `cluster_uid`.
-    pub async fn start_with(&mut self, host_user: &str, cluster_uid: String) {
+    pub async fn start_with(&mut self, host_user: &str, cluster_uid: String) -> Gate {
+        let gate = Gate::default();
+        let work = self.syncer(&gate, host_user, cluster_uid).await;
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(work(stop.clone()));
+        self.syncers.push((stop, task));
+        gate
+    }
+
+    /// A syncer of this guest, as leader election gets it.
+    pub async fn syncer_to_lead(
+        &mut self,
+        gate: &Gate,
+    ) -> impl FnOnce(CancellationToken) -> Work + use<> {
+        let uid = syncer::cluster_uid(&self.guest.admin()).await.unwrap();
+        let user = format!("{GUEST_USER_PREFIX}{CLUSTER}");
+        self.syncer(gate, &user, uid).await
+    }
+
+    async fn syncer(
+        &mut self,
+        gate: &Gate,
+        host_user: &str,
+        cluster_uid: String,
+    ) -> impl FnOnce(CancellationToken) -> Work + use<> {
         let to = |path| ClientOptions {
             kubeconfig: Some(path),
             qps: 0.0,
@@ -172,25 +205,25 @@ impl World {
         let options = Options {
             guest_cluster: CLUSTER.to_owned(),
             workers: 8,
-            timeout: Duration::from_secs(3),
+            timeout: self.timeout,
             retry_start: Duration::from_millis(200),
             retry_max: Duration::from_secs(2),
             orphans: self.pace,
             identity: None,
         };
-        let stop = CancellationToken::new();
-        let told = stop.clone();
         self.metrics = telemetry::metrics();
         let metrics = self.metrics.clone();
-        let task = tokio::spawn(async move {
-            let link = Arc::new(HostLink::new(host.client(), options.timeout));
-            let client = guest.client();
-            syncer::run(client, link, cluster_uid, &options, &metrics, told)
-                .await
-                .unwrap();
-            drop((guest, host));
-        });
-        self.syncer = Some((stop, task));
+        let link = gate.client(host.client());
+        let client = gate.client(guest.client());
+        move |stop| {
+            Box::pin(async move {
+                let link = Arc::new(HostLink::new(link, options.timeout));
+                syncer::run(client, link, cluster_uid, &options, &metrics, stop)
+                    .await
+                    .unwrap();
+                drop((guest, host));
+            })
+        }
     }
 
     /// What the syncer counts under a metric's name and labels.
@@ -213,8 +246,9 @@ impl World {
         .await;
     }
 
+    /// Stops all syncers in order.
     pub async fn stop(&mut self) {
-        if let Some((stop, task)) = self.syncer.take() {
+        for (stop, task) in self.syncers.drain(..) {
             stop.cancel();
             task.await.unwrap();
         }
