@@ -93,6 +93,12 @@ fn start(client: Client, config: LeaderConfig, story: &Story) -> (CancellationTo
     (stop, tokio::spawn(run))
 }
 
+/// How a term ended; that it does not end is a failure too.
+async fn end_of(term: Ended) -> Result<Option<()>, LeaderError> {
+    let ended = tokio::time::timeout(Duration::from_secs(30), term).await;
+    ended.expect("the term ends").unwrap()
+}
+
 /// Somebody else writes his name into the Lease.
 async fn steal(leases: &Api<Lease>) {
     loop {
@@ -125,10 +131,10 @@ async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     stop_one.cancel();
-    assert!(matches!(one.await.unwrap(), Ok(Some(()))));
+    assert!(matches!(end_of(one).await, Ok(Some(()))));
     story.has("two leads").await;
     steal(&leases).await;
-    assert!(matches!(two.await.unwrap(), Err(LeaderError::Lost(_))));
+    assert!(matches!(end_of(two).await, Err(LeaderError::Lost(_))));
     assert_eq!(
         story.told(),
         ["one leads", "one ended", "two leads", "two ended"]
@@ -179,7 +185,7 @@ async fn a_lost_lease_drops_the_write_in_flight_and_a_stop_finishes_it() {
     gate.held(1).await.unwrap();
     stop.cancel();
     gate.hold(Hold::Nothing);
-    assert!(matches!(one.await.unwrap(), Ok(Some(()))));
+    assert!(matches!(end_of(one).await, Ok(Some(()))));
     let finished = written().await;
     assert_ne!(
         finished,
@@ -192,7 +198,7 @@ async fn a_lost_lease_drops_the_write_in_flight_and_a_stop_finishes_it() {
     gate.held(1).await.unwrap();
     let sent = gate.sent();
     steal(&leases).await;
-    assert!(matches!(one.await.unwrap(), Err(LeaderError::Lost(_))));
+    assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
     assert_eq!(gate.waiting(), [], "the request outlived the term");
     gate.hold(Hold::Nothing);
     // Another one's way through the same gate: time enough to err.
@@ -219,7 +225,7 @@ async fn a_request_that_hangs_makes_no_term_longer() {
     gate.held(1).await.unwrap();
     story.has("two leads").await;
     assert_eq!(story.told(), ["one leads", "one ended", "two leads"]);
-    assert!(matches!(one.await.unwrap(), Err(LeaderError::Lost(_))));
+    assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
     server.stop().await.unwrap();
 }
 
@@ -248,7 +254,7 @@ async fn a_term_begins_when_the_lease_was_asked_for() {
     gate.hold(Hold::Requests);
     story.has("two leads").await;
     assert_eq!(story.told(), ["one leads", "one ended", "two leads"]);
-    assert!(matches!(one.await.unwrap(), Err(LeaderError::Lost(_))));
+    assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
     server.stop().await.unwrap();
 }
 
@@ -271,7 +277,7 @@ async fn an_answer_after_the_deadline_is_no_term() {
     gate.hold(Hold::Nothing);
     story.has("one leads").await;
     stop.cancel();
-    assert!(matches!(one.await.unwrap(), Ok(Some(()))));
+    assert!(matches!(end_of(one).await, Ok(Some(()))));
     server.stop().await.unwrap();
 }
 

@@ -71,7 +71,9 @@ async fn a_lost_lease_ends_a_sync_where_it_is_and_a_stop_finishes_it() {
             Err(e) => assert!(is_conflict(&e), "{e}"),
         }
     }
-    assert!(matches!(term.await.unwrap(), Err(LeaderError::Lost(_))));
+    let ended = tokio::time::timeout(Duration::from_secs(30), term).await;
+    let ended = ended.expect("the term ends").unwrap();
+    assert!(matches!(ended, Err(LeaderError::Lost(_))));
     assert_eq!(gate.waiting(), [], "a write outlived the term");
     gate.hold(Hold::Nothing);
     assert_eq!(gate.sent(), before);
