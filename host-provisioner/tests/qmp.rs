@@ -201,7 +201,9 @@ async fn a_device_comes_and_goes_with_its_event() {
     let plugged = session.plugged("vfc-a").await.unwrap().unwrap();
     assert_eq!(plugged.port, "pci.10");
     assert_eq!(plugged.host, None, "it is no VFIO device");
+    assert_eq!(session.host("vfc-a").await.unwrap(), None);
     assert_eq!(session.plugged("vfc-b").await.unwrap(), None);
+    assert_eq!(session.host("vfc-b").await.unwrap(), None);
     let mut events = session.events().await.unwrap();
     assert_eq!(
         session.device_del("vfc-a", PATIENCE).await.unwrap(),

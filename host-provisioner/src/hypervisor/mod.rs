@@ -216,6 +216,10 @@ pub trait Session: Send + Sync + 'static {
     /// How far the device has come.
     async fn guest_view(&self, id: &str) -> Result<GuestView, HypervisorError>;
 
+    /// The host's function behind a device: `None` when QEMU has no device of that id, or one
+    /// that is no VFIO device.
+    async fn host(&self, id: &str) -> Result<Option<PciAddress>, HypervisorError>;
+
     /// What a device of that id is, if QEMU has one.
     async fn plugged(&self, id: &str) -> Result<Option<Plugged>, HypervisorError>;
 

@@ -73,14 +73,14 @@ pub async fn look(
     };
     // Most are somebody else's. A VM with none of them is not asked: its monitor may not answer,
     // and its claim could neither come nor go for it.
-    let open = qemu::groups(agent, &launcher.pod_uid).await?;
+    let Some((process, open)) = qemu::groups(agent, &launcher.pod_uid).await? else {
+        return Ok((Left::Nothing, None));
+    };
     let had: BTreeSet<u32> = open.intersection(&suspicious).copied().collect();
     if had.is_empty() {
         return Ok((Left::Nothing, None));
     }
-    let Some(vm) = qemu::find(agent, &launcher.pod_uid).await? else {
-        return Ok((Left::Nothing, None));
-    };
+    let vm = qemu::monitored(agent, process).await?;
     let id = device_id(&claim_identity(claim));
     let Some(plugged) = vm.session.plugged(&id).await.map_err(VmError::from)? else {
         return Ok((Left::Nothing, None));

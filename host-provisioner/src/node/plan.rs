@@ -342,11 +342,12 @@ fn lost(vf: &VfSeen) -> String {
 }
 
 fn release(claim: ClaimFacts, seen: &Seen) -> Step {
-    if !claim.device && claim.bound {
-        return unless_left(seen, Step::Rest);
-    }
     if !claim.device {
-        return Step::Rest;
+        return if claim.bound {
+            unless_left(seen, Step::Rest)
+        } else {
+            Step::Rest
+        };
     }
     if claim.attachment {
         match &seen.qemu {

@@ -36,12 +36,19 @@ pub struct Vm {
     pub session: Arc<dyn Session>,
 }
 
-/// The VFIO groups that a launcher pod's QEMU has open, by the kernel's word.
-pub async fn groups(agent: &Agent, pod_uid: &str) -> Result<BTreeSet<u32>, VmError> {
+/// The QEMU of a launcher pod and the VFIO groups that it has open, by the kernel's word, or
+/// `None` when the pod runs none. Its monitor is not asked.
+pub async fn groups(
+    agent: &Agent,
+    pod_uid: &str,
+) -> Result<Option<(QemuProcess, BTreeSet<u32>)>, VmError> {
     let (proc, pod) = (agent.proc.clone(), pod_uid.to_owned());
-    look_in_proc(move || proc.vfio_groups(proc.find_qemu(&pod)?.pid))
-        .await
-        .map(Option::unwrap_or_default)
+    look_in_proc(move || {
+        let process = proc.find_qemu(&pod)?;
+        let groups = proc.vfio_groups(process.pid)?;
+        Ok((process, groups))
+    })
+    .await
 }
 
 /// Looks at processes off the async threads; `None` when the pod runs no QEMU.
@@ -59,14 +66,19 @@ async fn look_in_proc<T: Send + 'static>(
 /// The QEMU of a launcher pod, or `None` when the pod runs none.
 pub async fn find(agent: &Agent, pod_uid: &str) -> Result<Option<Vm>, VmError> {
     let (proc, pod) = (agent.proc.clone(), pod_uid.to_owned());
-    let Some(process) = look_in_proc(move || proc.find_qemu(&pod)).await? else {
-        return Ok(None);
-    };
+    match look_in_proc(move || proc.find_qemu(&pod)).await? {
+        Some(process) => monitored(agent, process).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// A process with a session to its monitor.
+pub async fn monitored(agent: &Agent, process: QemuProcess) -> Result<Vm, VmError> {
     let session = agent
         .sessions
         .of(agent.hypervisor.as_ref(), &process)
         .await?;
-    Ok(Some(Vm { process, session }))
+    Ok(Vm { process, session })
 }
 
 /// Whether the launcher's QEMU has a device of ours, or does not say.
@@ -116,13 +128,17 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
         let id = &attachment.qemu_device_id;
         let view = in_qemu(vm.session.guest_view(id).await?);
         let recorded = status.and_then(|s| s.device.as_ref()?.pci_address.as_deref());
-        if view != InQemu::Absent
-            && let Some(plugged) = vm.session.plugged(id).await?
-            && let Some(why) = another(recorded, plugged.host)
-        {
-            return Ok((why, Some(vm)));
+        // One question more where all is as recorded, which is nearly always.
+        if view == InQemu::Absent || is_recorded(recorded, vm.session.host(id).await?) {
+            return Ok((Qemu::Running(view), Some(vm)));
         }
-        return Ok((Qemu::Running(view), Some(vm)));
+        let seen = match vm.session.plugged(id).await? {
+            // It went between the questions.
+            None => Qemu::Running(InQemu::Absent),
+            Some(plugged) if is_recorded(recorded, plugged.host) => Qemu::Running(view),
+            Some(plugged) => another(recorded, plugged.host),
+        };
+        return Ok((seen, Some(vm)));
     }
     if !vm.process.user_ns_is_init {
         return Ok((unsupported(&Unsupported::UserNamespace), Some(vm)));
@@ -136,21 +152,23 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
     Ok((seen, Some(vm)))
 }
 
-/// Why the device that QEMU has under the claim's id is not what the claim records: its record is
-/// of another time. Nothing may then be done to the VF that it names.
-fn another(recorded: Option<&str>, host: Option<PciAddress>) -> Option<Qemu> {
+/// Whether the device that QEMU has under the claim's id is what the claim records.
+fn is_recorded(recorded: Option<&str>, host: Option<PciAddress>) -> bool {
+    host.is_some_and(|host| recorded == Some(host.to_string().as_str()))
+}
+
+/// A device under the claim's id that is not what the claim records: its record is of another
+/// time. Nothing may then be done to the VF that it names.
+fn another(recorded: Option<&str>, host: Option<PciAddress>) -> Qemu {
     let host = host.map_or_else(|| "none".to_owned(), |host| host.to_string());
-    if recorded == Some(host.as_str()) {
-        return None;
-    }
-    Some(Qemu::Unsupported {
+    Qemu::Unsupported {
         reason: reason::CONFLICT,
         message: format!(
             "the claim records the host device {}, and its VM has {host} in its place; nothing is \
              done to either: restart the VM, or have an administrator take the device out of it",
             recorded.unwrap_or("none")
         ),
-    })
+    }
 }
 
 fn in_qemu(view: GuestView) -> InQemu {
@@ -197,13 +215,14 @@ mod tests {
     fn only_the_recorded_device_is_the_claims() {
         let at = |address: &str| address.parse().ok();
         let recorded = Some("0000:01:10.0");
-        assert_eq!(another(recorded, at("0000:01:10.0")), None);
+        assert!(is_recorded(recorded, at("0000:01:10.0")));
         for (recorded, host) in [
             (recorded, at("0000:01:10.2")),
             (recorded, None),
             (None, at("0000:01:10.0")),
         ] {
-            let Some(Qemu::Unsupported { reason, .. }) = another(recorded, host) else {
+            assert!(!is_recorded(recorded, host), "{recorded:?} {host:?}");
+            let Qemu::Unsupported { reason, .. } = another(recorded, host) else {
                 panic!("{recorded:?} {host:?}")
             };
             assert_eq!(reason, reason::CONFLICT);

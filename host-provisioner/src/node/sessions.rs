@@ -99,6 +99,9 @@ mod tests {
         async fn guest_view(&self, _: &str) -> Result<GuestView, HypervisorError> {
             unused()
         }
+        async fn host(&self, _: &str) -> Result<Option<PciAddress>, HypervisorError> {
+            unused()
+        }
         async fn plugged(&self, _: &str) -> Result<Option<Plugged>, HypervisorError> {
             unused()
         }

@@ -113,23 +113,26 @@ pub fn address(device: &PciDeviceInfo) -> Option<PciAddress> {
 /// A device by its properties: `host` is a text, and `parent_bus` the bus's path, whose last part
 /// is the id of the port above it.
 pub fn plugged(host: Option<&Value>, parent_bus: Option<&Value>) -> Result<Plugged, String> {
-    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (host, bus) = (text(host), text(parent_bus));
+    let bus = parent_bus.and_then(Value::as_str).unwrap_or_default();
     let port = bus.rsplit('/').next().unwrap_or_default();
     if port.is_empty() {
         return Err(format!("a device's parent_bus is {bus:?}"));
     }
-    let host = match host.as_str() {
-        "" => None,
-        text => Some(
-            text.parse()
-                .map_err(|e| format!("a device's host is {text:?}: {e}"))?,
-        ),
-    };
     Ok(Plugged {
-        host,
+        host: self::host(host)?,
         port: port.to_owned(),
     })
+}
+
+/// The property `host` of a device; one that is no VFIO device has none, or an empty one.
+pub fn host(property: Option<&Value>) -> Result<Option<PciAddress>, String> {
+    match property.and_then(Value::as_str).unwrap_or_default() {
+        "" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|e| format!("a device's host is {text:?}: {e}")),
+    }
 }
 
 /// The number of the bus behind a bridge, 0 when it has none yet.

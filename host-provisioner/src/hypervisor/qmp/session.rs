@@ -207,6 +207,13 @@ fn text_of(value: Option<&Value>, command: &str, field: &str) -> Result<String> 
         })
 }
 
+fn malformed_property(reason: String) -> HypervisorError {
+    HypervisorError::Malformed {
+        command: "qom-get".to_owned(),
+        reason,
+    }
+}
+
 #[async_trait]
 impl Session for QmpSession {
     async fn machine(&self) -> Result<Machine> {
@@ -289,6 +296,11 @@ impl Session for QmpSession {
         Ok(GuestView::Absent)
     }
 
+    async fn host(&self, id: &str) -> Result<Option<PciAddress>> {
+        let host = self.property(&format!("{PERIPHERAL}/{id}"), "host").await?;
+        inspect::host(host.as_ref()).map_err(malformed_property)
+    }
+
     async fn plugged(&self, id: &str) -> Result<Option<Plugged>> {
         if !self.exists(id).await? {
             return Ok(None);
@@ -298,10 +310,7 @@ impl Session for QmpSession {
         let bus = self.property(&path, "parent_bus").await?;
         inspect::plugged(host.as_ref(), bus.as_ref())
             .map(Some)
-            .map_err(|reason| HypervisorError::Malformed {
-                command: "qom-get".to_owned(),
-                reason,
-            })
+            .map_err(malformed_property)
     }
 
     async fn events(&self) -> Result<broadcast::Receiver<Event>> {
