@@ -50,6 +50,18 @@ impl Vm {
         }
     }
 
+    /// A second one, for the scenarios that need two.
+    #[must_use]
+    pub fn second() -> Self {
+        Self {
+            name: "l2b".into(),
+            uuid: "8c2b65e0-0d0f-4a55-9a0e-3c6a4f3f1b77".into(),
+            network: 3,
+            memory_mib: 1024,
+            join: true,
+        }
+    }
+
     /// Its address in its user network.
     #[must_use]
     pub fn address(&self) -> String {
@@ -156,11 +168,8 @@ mod tests {
     #[test]
     fn two_vms_share_nothing_that_identifies() {
         let a = Vm::first();
-        let b = Vm {
-            name: "l2b".into(),
-            network: 3,
-            ..Vm::first()
-        };
+        let b = Vm::second();
+        assert_ne!(a.uuid, b.uuid);
         assert_ne!(a.address(), b.address());
         assert_ne!(a.mac(), b.mac());
         let x = xml(&b, "vmlinuz-1", &[("api".into(), "1.2.3.4".into())]);

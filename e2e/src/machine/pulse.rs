@@ -36,22 +36,35 @@ impl Pulse {
             Ok(now) if now != self.boot_id => return Some("L1 has booted anew".into()),
             Ok(_) => {}
         }
-        let vm = machine.l2(&Vm::first().name).await.ok()?;
-        let answer = vm.run_with("true", &[], ANSWER).await;
-        // Its QEMU may have ended while we waited.
-        machine.l2(vm.name()).await.ok()?;
-        answer
-            .err()
-            .map(|e| format!("the kernel of {} does not answer: {e:#}", vm.name()))
+        for vm in [Vm::first(), Vm::second()] {
+            if let Some(seen) = silent(&machine, &vm.name).await {
+                return Some(seen);
+            }
+        }
+        None
     }
 }
 
-/// Takes a VM away that was lost alone, so that only it is set up anew; an error if L1 is
-/// not well either.
+/// That the VM's QEMU runs and its kernel does not answer.
+async fn silent(machine: &Machine, name: &str) -> Option<String> {
+    let vm = machine.l2(name).await.ok()?;
+    let answer = vm.run_with("true", &[], ANSWER).await;
+    // Its QEMU may have ended while we waited.
+    machine.l2(name).await.ok()?;
+    answer
+        .err()
+        .map(|e| format!("the kernel of {name} does not answer: {e:#}"))
+}
+
+/// Takes the VMs away of which one was lost, so that only they are set up anew; an error if L1
+/// is not well either.
 pub async fn give_up_vm(dc: &DataCentre) -> Result<()> {
     let machine = find(dc)?;
     boot_id(&machine).await?;
-    machine.stop_vm(&Vm::first().name).await
+    for vm in [Vm::first(), Vm::second()] {
+        machine.stop_vm(&vm.name).await?;
+    }
+    Ok(())
 }
 
 async fn boot_id(machine: &Machine) -> Result<String> {

@@ -7,10 +7,11 @@ use super::image::Image;
 /// Channel ports into L1: as many commands can run at once.
 pub(super) const PORTS: usize = 4;
 
-/// The managed PF, the node's own, and the one that is not isolated.
+/// The managed PF, the node's own, the one that is not isolated, and a second one to manage.
 pub(super) const MANAGED_MAC: &str = "52:54:00:aa:00:01";
 pub(super) const NODE_MAC: &str = "52:54:00:aa:00:02";
 pub(super) const SHARED_GROUP_MAC: &str = "52:54:00:aa:00:03";
+pub(super) const SECOND_MAC: &str = "52:54:00:aa:00:04";
 pub(super) const UUID: &str = "11111111-0000-4000-8000-000000000001";
 
 /// What distinguishes one L1 from another.
@@ -112,6 +113,7 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     );
     // Room for the NVMe controller that storage claims will need.
     arg("-device", "pcie-root-port,id=rp3,chassis=4");
+    arg("-device", "pcie-root-port,id=rp4,chassis=5");
     arg(
         "-netdev",
         &format!(
@@ -127,6 +129,9 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     arg("-device", &igb("rp1", "node", NODE_MAC));
     arg("-netdev", "hubport,id=shared,hubid=1");
     arg("-device", &igb("rp2", "shared", SHARED_GROUP_MAC));
+    // On no wire.
+    arg("-netdev", "hubport,id=second,hubid=2");
+    arg("-device", &igb("rp4", "second", SECOND_MAC));
     arg("-device", "virtio-serial-pci,id=vs,max_ports=16");
     for n in 0..PORTS {
         arg(
@@ -178,7 +183,7 @@ mod tests {
     use std::path::PathBuf;
 
     #[test]
-    fn three_functions_each_on_a_port_of_its_own() {
+    fn four_functions_each_on_a_port_of_its_own() {
         let image = Image {
             root: "/r".into(),
             disk: "/d".into(),
@@ -201,7 +206,7 @@ mod tests {
         };
         let c = command(&image, &spec);
         let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
-        assert_eq!(igbs.len(), 3);
+        assert_eq!(igbs.len(), 4);
         assert!(
             c.iter()
                 .any(|a| a.contains("id=rp2") && a.ends_with(&format!("addr={SHARED_PORT}")))

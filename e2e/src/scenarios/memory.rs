@@ -33,7 +33,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 }
 
 async fn without_memory(lab: &Lab<'_>) -> Result<()> {
-    let before = Before::take(lab).await?;
+    let before = Before::take(lab, &[&lab.qemu], &[&lab.wired]).await?;
     let device = Fillers::balloon(lab).await?;
     let all = balloon(lab).await?;
     let result = refused(lab, all - BALLOON).await;

@@ -14,7 +14,9 @@ use kube::api::ListParams;
 
 use super::several::Before;
 use super::support::claims::truth;
+use super::support::l1::Qemu;
 use super::support::pods::Part;
+use super::support::site::SECOND_NODE;
 use super::support::{Claim, Lab, Wish};
 use super::{Scenario, scenario};
 use crate::progress;
@@ -23,14 +25,14 @@ use crate::progress;
 const MINUTES: &str = "VF_E2E_RANDOM_MINUTES";
 /// The seed, to repeat a run's choices; what the machines do at them is never the same.
 const SEED: &str = "VF_E2E_RANDOM_SEED";
-/// Claims at a time: more than the VM has ports, and fewer than there are VFs.
-const AT_ONCE: usize = 6;
+/// Claims at a time: more than one VM has ports, and more than one PF has VFs.
+const AT_ONCE: usize = 9;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![scenario!(
         Named,
         "at-random",
-        "claims come and go and every program is killed, at random, for VF_E2E_RANDOM_MINUTES (30): at the end nothing is left, each VF had one holder at a time, and the VFs were made once",
+        "claims of two VMs come and go over two PFs and every program is killed, at random, for VF_E2E_RANDOM_MINUTES (30): at the end nothing is left, each VF had one holder at a time, and the VFs were made once",
         at_random
     )]
 }
@@ -85,7 +87,9 @@ async fn at_random(lab: &Lab<'_>) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let seed: u64 = setting(SEED)?.unwrap_or(now.as_secs());
     progress::line(&format!("{minutes} minutes with {SEED}={seed}"));
-    let before = Before::take(lab).await?;
+    let second = lab.second().await?;
+    let qemus = [&lab.qemu, &second.qemu];
+    let before = Before::take(lab, &qemus, &[&lab.wired, &lab.second]).await?;
     let until = Instant::now() + Duration::from_secs(minutes * 60);
     let mut run = Run {
         rng: Rng::with_seed(seed),
@@ -100,7 +104,7 @@ async fn at_random(lab: &Lab<'_>) -> Result<()> {
         run.act(lab, deed)
             .await
             .with_context(|| format!("{deed:?} after {}", run.told()))?;
-        run.agree(lab)
+        run.agree(lab, &qemus)
             .await
             .with_context(|| format!("after {deed:?}, {}", run.told()))?;
     }
@@ -117,6 +121,9 @@ impl Run {
         match deed {
             Deed::Create if self.alive.len() < AT_ONCE => {
                 let mut wish = Wish::new(&format!("random-{}", self.made)).trust(self.rng.bool());
+                if self.rng.bool() {
+                    wish = wish.node(SECOND_NODE);
+                }
                 if self.rng.bool() {
                     wish = wish.vlan(self.rng.i64(2..4094));
                 }
@@ -147,10 +154,18 @@ impl Run {
         Ok(())
     }
 
-    /// At every moment: no VF is two claims' attachment, and QEMU has no device whose claim
-    /// is gone.
-    async fn agree(&mut self, lab: &Lab<'_>) -> Result<()> {
-        let devices = lab.qemu.ours().await?;
+    /// At every moment: no VF is two claims' attachment, and no QEMU has a device whose claim
+    /// is gone, nor have two the same.
+    async fn agree(&mut self, lab: &Lab<'_>, qemus: &[&Qemu]) -> Result<()> {
+        let mut devices = BTreeMap::new();
+        for qemu in qemus.iter().copied() {
+            for device in qemu.ours().await? {
+                let id = device.id;
+                if let Some(other) = devices.insert(id.clone(), qemu) {
+                    bail!("{} and {} have {id}", other.domain, qemu.domain);
+                }
+            }
+        }
         let copies = lab.host_claims().list(&ListParams::default()).await?.items;
         let mut attached = BTreeMap::new();
         for copy in &copies {
@@ -158,11 +173,13 @@ impl Run {
             let device = status.and_then(|s| s.device.as_ref().zip(s.attachment.as_ref()));
             let name = copy.metadata.name.clone().unwrap_or_default();
             if let Some((device, _)) = device
-                && let Some(other) = attached.insert(device.vf_index, name.clone())
+                && let vf = (device.physical_function.clone(), device.vf_index)
+                && let Some(other) = attached.insert(vf, name.clone())
             {
                 bail!(
-                    "VF {} is attached for {other} and for {name}",
-                    device.vf_index
+                    "VF {} of {} is attached for {other} and for {name}",
+                    device.vf_index,
+                    device.physical_function
                 );
             }
         }
@@ -177,12 +194,12 @@ impl Run {
                 .iter()
                 .any(|c| c.metadata.uid.as_ref() == Some(&g.uid))
         });
-        for device in devices {
+        for (id, qemu) in devices {
             let mut all = claims.iter();
-            let there = all.any(|c| known(&c.metadata.uid, &device.id));
+            let there = all.any(|c| known(&c.metadata.uid, &id));
             // It may have gone, with its claim, since QEMU was asked.
-            if !there && lab.qemu.ours().await?.iter().any(|d| d.id == device.id) {
-                bail!("QEMU has {} and its claim is gone", device.id);
+            if !there && qemu.ours().await?.iter().any(|d| d.id == id) {
+                bail!("{} has {id} and its claim is gone", qemu.domain);
             }
         }
         Ok(())

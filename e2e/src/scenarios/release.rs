@@ -7,6 +7,7 @@ use kube::Api;
 
 use super::support::claims::{RELEASE, told};
 use super::support::events::Deletions;
+use super::support::lab::Pf;
 use super::support::site::{PEER, TraceKind};
 use super::support::{Claim, Lab, Wish, far, l1, l2, watch, writes};
 use super::{Scenario, scenario, traffic};
@@ -75,10 +76,20 @@ async fn deletion_is_clean(lab: &Lab<'_>) -> Result<()> {
     free_and_clean(lab, &attached.vf, attached.vf_index).await
 }
 
-/// The VF's kernel state and its report.
+/// The kernel state of a VF of the wired PF, and its report.
 pub(super) async fn free_and_clean(lab: &Lab<'_>, address: &str, index: u16) -> Result<()> {
+    free_and_clean_of(lab, &lab.wired, address, index).await
+}
+
+/// The kernel state of a VF of `pf`, and its report.
+pub(super) async fn free_and_clean_of(
+    lab: &Lab<'_>,
+    pf: &Pf,
+    address: &str,
+    index: u16,
+) -> Result<()> {
     let l1 = &lab.l1;
-    let kernel = l1::pf(l1, &lab.wired.address).await?;
+    let kernel = l1::pf(l1, &pf.address).await?;
     let vf = kernel
         .vfs
         .iter()
@@ -88,13 +99,13 @@ pub(super) async fn free_and_clean(lab: &Lab<'_>, address: &str, index: u16) -> 
         vf.driver.as_deref().is_none_or(|d| d == "vfio-pci"),
         "{vf:?}"
     );
-    let settings = l1::vf_settings(l1, &lab.wired.interface).await?;
+    let settings = l1::vf_settings(l1, &pf.interface).await?;
     let seen = settings.get(&index).context("no settings")?;
     ensure!(clean(seen), "VF {index} still has {seen:?}");
     let api: Api<PhysicalFunction> = Api::all(lab.host.clone());
     watch::until(
         &api,
-        &lab.wired.object,
+        &pf.object,
         "the VF to be reported Free",
         RELEASE,
         |p| {

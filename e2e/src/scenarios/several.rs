@@ -1,5 +1,5 @@
-//! Several of everything at once: claims for more VFs and ports than there are, and two node
-//! agents on one node.
+//! Several of everything at once: claims for more VFs and ports than there are, two VMs and two
+//! PFs, and two node agents on one node.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -15,9 +15,10 @@ use kube::{Api, ResourceExt};
 
 use super::support::claims::told;
 use super::support::lab::MARK;
+use super::support::lab::Pf;
 use super::support::pods::Part;
-use super::support::site::{TraceEvent, TraceKind};
-use super::support::{Claim, Lab, Wish, l1, watch, writes};
+use super::support::site::{L2_NODE, SECOND_NODE, TraceEvent, TraceKind};
+use super::support::{Attached, Claim, Lab, Wish, l1, l2, watch, writes};
 use super::{Scenario, release, scenario};
 use crate::deploy::names::SYSTEM;
 use crate::wait::{self, Probe};
@@ -33,6 +34,12 @@ const EVERY: Duration = Duration::from_secs(1);
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!(
+            Long,
+            "two-vms",
+            "four claims of each of two VMs at once, over two PFs: all are attached, each guest's kernel has its own VFs and no other, and both VMs are as before when they have gone",
+            two_vms
+        ),
+        scenario!(
             "two-agents",
             "a second node agent, started by mistake, says who has the lock and ends; nothing is written by it, and claims come and go",
             two_agents
@@ -46,20 +53,54 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     ]
 }
 
+async fn two_vms(lab: &Lab<'_>) -> Result<()> {
+    let second = lab.second().await?;
+    let pfs = [&lab.wired, &lab.second];
+    let before = Before::take(lab, &[&lab.qemu, &second.qemu], &pfs).await?;
+    let vms = [
+        (L2_NODE, &lab.qemu, &lab.l2),
+        (SECOND_NODE, &second.qemu, &second.l2),
+    ];
+    let wishes: Vec<Wish> = vms
+        .iter()
+        .flat_map(|(node, ..)| {
+            (0..PORTS).map(move |n| Wish::new(&format!("{node}-{n}")).node(node))
+        })
+        .collect();
+    let claims = try_join_all(wishes.iter().map(|wish| lab.create(wish))).await?;
+    let ready = settled(lab, &claims, vms.len() * PORTS).await?;
+    let attached = attached(lab, &ready, &pfs).await?;
+    for (node, qemu, l2) in vms {
+        let of = |c: &&(Claim, Attached)| c.0.name.starts_with(node);
+        let own: Vec<_> = attached.iter().filter(of).collect();
+        has(qemu, own.iter().map(|(claim, _)| claim)).await?;
+        let wanted: BTreeSet<&str> = own.iter().map(|(_, a)| &*a.mac).collect();
+        for (_, attached) in &own {
+            l2::bound(l2, &attached.guest_address).await?;
+        }
+        let seen = l2::vfs(l2).await?;
+        let seen: BTreeSet<&str> = seen.iter().filter_map(|vf| vf.mac.as_deref()).collect();
+        ensure!(seen == wanted, "{node} has {seen:?}, its claims {wanted:?}");
+    }
+    try_join_all(claims.iter().map(|claim| lab.delete(claim))).await?;
+    try_join_all(claims.iter().map(|claim| lab.gone(claim))).await?;
+    before.nothing_left(lab).await
+}
+
 async fn burst(lab: &Lab<'_>) -> Result<()> {
-    let before = Before::take(lab).await?;
+    let before = Before::take(lab, &[&lab.qemu], &[&lab.wired]).await?;
     let wishes: Vec<Wish> = (0..MANY)
         .map(|n| Wish::new(&format!("burst-{n}")))
         .collect();
     let claims = try_join_all(wishes.iter().map(|wish| lab.create(wish))).await?;
-    let first = settled(lab, &claims).await?;
+    let first = settled(lab, &claims, PORTS).await?;
     as_many_as_fit(lab, &first).await?;
 
     // The next ones move up without being made anew.
     try_join_all(first.iter().map(|claim| lab.release(claim))).await?;
     let gone = |claim: &&Claim| !first.iter().any(|went| went.uid == claim.uid);
     let rest: Vec<Claim> = claims.iter().filter(gone).cloned().collect();
-    let second = settled(lab, &rest).await?;
+    let second = settled(lab, &rest, PORTS).await?;
     as_many_as_fit(lab, &second).await?;
 
     try_join_all(rest.iter().map(|claim| lab.delete(claim))).await?;
@@ -69,17 +110,40 @@ async fn burst(lab: &Lab<'_>) -> Result<()> {
 
 /// What was there before many claims came and went.
 pub(super) struct Before {
-    memlock: String,
-    nodes: Vec<String>,
+    gates: Vec<(l1::Qemu, Gates)>,
+    pfs: Vec<Pf>,
     trace: Vec<TraceEvent>,
 }
 
-impl Before {
-    /// Of a laboratory without claims.
-    pub(super) async fn take(lab: &Lab<'_>) -> Result<Self> {
+/// What a launcher lets through.
+#[derive(Debug, PartialEq, Eq)]
+struct Gates {
+    memlock: String,
+    nodes: Vec<String>,
+    /// The rule for /dev/vfio/vfio.
+    container: bool,
+}
+
+impl Gates {
+    async fn of(lab: &Lab<'_>, qemu: &l1::Qemu) -> Result<Self> {
         Ok(Self {
-            memlock: lab.qemu.memlock(&lab.l1).await?,
-            nodes: lab.qemu.vfio_nodes(&lab.l1).await?,
+            memlock: qemu.memlock(&lab.l1).await?,
+            nodes: qemu.vfio_nodes(&lab.l1).await?,
+            container: qemu.cgroup_allows(&lab.l1, "vfio").await?,
+        })
+    }
+}
+
+impl Before {
+    /// Of a laboratory without claims: of these VMs and PFs.
+    pub(super) async fn take(lab: &Lab<'_>, vms: &[&l1::Qemu], pfs: &[&Pf]) -> Result<Self> {
+        let mut gates = Vec::new();
+        for qemu in vms.iter().copied() {
+            gates.push((qemu.clone(), Gates::of(lab, qemu).await?));
+        }
+        Ok(Self {
+            gates,
+            pfs: pfs.iter().copied().cloned().collect(),
             trace: lab.trace().await?,
         })
     }
@@ -91,36 +155,37 @@ impl Before {
         let copies = lab.host_claims().list(&ListParams::default()).await?.items;
         let copies: Vec<String> = copies.iter().map(ResourceExt::name_any).collect();
         ensure!(copies.is_empty(), "the host still has {copies:?}");
-        let ours = lab.qemu.ours().await?;
-        ensure!(ours.is_empty(), "QEMU still has {ours:?}");
-        for vf in l1::pf(&lab.l1, &lab.wired.address).await?.vfs {
-            release::free_and_clean(lab, &vf.address, vf.index).await?;
+        for pf in &self.pfs {
+            for vf in l1::pf(&lab.l1, &pf.address).await?.vfs {
+                release::free_and_clean_of(lab, pf, &vf.address, vf.index).await?;
+            }
         }
-        let now = Self::take(lab).await?;
-        ensure!(
-            now.memlock == self.memlock && now.nodes == self.nodes,
-            "gates: {} {:?} became {} {:?}",
-            self.memlock,
-            self.nodes,
-            now.memlock,
-            now.nodes
-        );
-        ensure!(
-            !lab.qemu.cgroup_allows(&lab.l1, "vfio").await?,
-            "the rule for /dev/vfio/vfio is left"
-        );
-        let counts = writes::num_vfs(&self.trace, &now.trace, &lab.wired.address)?;
-        ensure!(
-            counts.is_empty() || counts == ["7"],
-            "sriov_numvfs was written {counts:?}"
-        );
-        one_after_another(writes::between(&self.trace, &now.trace)?)
+        for (qemu, before) in &self.gates {
+            let ours = qemu.ours().await?;
+            ensure!(ours.is_empty(), "{} still has {ours:?}", qemu.domain);
+            let now = Gates::of(lab, qemu).await?;
+            ensure!(
+                now == *before && !now.container,
+                "the gates of {}: {before:?} became {now:?}",
+                qemu.domain
+            );
+        }
+        let now = lab.trace().await?;
+        for pf in &self.pfs {
+            let counts = writes::num_vfs(&self.trace, &now, &pf.address)?;
+            ensure!(
+                counts.is_empty() || counts == ["7"],
+                "sriov_numvfs of {} was written {counts:?}",
+                pf.address
+            );
+        }
+        one_after_another(writes::between(&self.trace, &now)?)
     }
 }
 
-/// Waits until as many of `claims` are Ready as the VM has ports, and each other one says
-/// that it waits for a port or for a VF; those that are Ready.
-async fn settled(lab: &Lab<'_>, claims: &[Claim]) -> Result<Vec<Claim>> {
+/// Waits until as many of `claims` are Ready as there are `ports`, and each other one says that
+/// it waits for a port or for a VF; those that are Ready.
+async fn settled(lab: &Lab<'_>, claims: &[Claim], ports: usize) -> Result<Vec<Claim>> {
     let api = lab.guest_claims();
     let marked = ListParams::default().labels(MARK);
     wait::until("the claims to come to rest", SETTLE, EVERY, || async {
@@ -139,11 +204,11 @@ async fn settled(lab: &Lab<'_>, claims: &[Claim]) -> Result<Vec<Claim>> {
             }
         }
         ensure!(
-            ready.len() <= PORTS,
-            "{} claims are Ready on {PORTS} ports",
+            ready.len() <= ports,
+            "{} claims are Ready on {ports} ports",
             ready.len()
         );
-        Ok(if ready.len() == PORTS && restless.is_empty() {
+        Ok(if ready.len() == ports && restless.is_empty() {
             Probe::Ready(ready)
         } else {
             Probe::NotYet(format!("{} are Ready; {restless:?}", ready.len()))
@@ -152,45 +217,65 @@ async fn settled(lab: &Lab<'_>, claims: &[Claim]) -> Result<Vec<Claim>> {
     .await
 }
 
-/// QEMU has the devices of these claims and no other, each on a VF of its own that the
-/// kernel has on vfio-pci.
 async fn as_many_as_fit(lab: &Lab<'_>, ready: &[Claim]) -> Result<()> {
-    let ours = lab.qemu.ours().await?;
+    has(&lab.qemu, ready.iter()).await?;
+    attached(lab, ready, &[&lab.wired]).await?;
+    Ok(())
+}
+
+/// QEMU has the devices of these claims and no other.
+async fn has(qemu: &l1::Qemu, claims: impl Iterator<Item = &Claim>) -> Result<()> {
+    let ours = qemu.ours().await?;
     let in_qemu: BTreeSet<String> = ours.into_iter().map(|d| d.id).collect();
-    let wanted: BTreeSet<String> = ready.iter().map(Claim::qemu_id).collect();
+    let wanted: BTreeSet<String> = claims.map(Claim::qemu_id).collect();
     ensure!(
         in_qemu == wanted,
-        "QEMU has {in_qemu:?}, Ready are {wanted:?}"
+        "{} has {in_qemu:?}, Ready are {wanted:?}",
+        qemu.domain
     );
-    let kernel = l1::pf(&lab.l1, &lab.wired.address).await?;
+    Ok(())
+}
+
+/// Each of these claims has a VF of its own that the kernel has on vfio-pci, and each of the
+/// PFs has some of them and reports as many.
+async fn attached(lab: &Lab<'_>, ready: &[Claim], pfs: &[&Pf]) -> Result<Vec<(Claim, Attached)>> {
+    let mut all = Vec::new();
     let mut vfs = BTreeSet::new();
     for claim in ready {
         let attached = lab.ready(claim).await?;
-        let vf = kernel.vfs.iter().find(|vf| vf.address == attached.vf);
-        let driver = vf.and_then(|vf| vf.driver.as_deref());
-        ensure!(
-            driver == Some("vfio-pci"),
-            "{} is on {driver:?}",
-            attached.vf
-        );
         ensure!(
             vfs.insert(attached.vf.clone()),
             "{} has two claims",
             attached.vf
         );
+        all.push((claim.clone(), attached));
     }
-    let api: Api<PhysicalFunction> = Api::all(lab.host.clone());
-    let what = "the attached VFs to be reported";
-    watch::until(&api, &lab.wired.object, what, SETTLE, |p| {
-        let status = p.and_then(|p| p.status.as_ref()).context("no status")?;
-        let counts = &status.counts;
-        Ok(if usize::from(counts.attached) == ready.len() {
-            Probe::Ready(())
-        } else {
-            Probe::NotYet(format!("{counts:?}"))
+    let mut of_pfs = 0;
+    for pf in pfs {
+        let kernel = l1::pf(&lab.l1, &pf.address).await?.vfs;
+        let own = kernel.iter().filter(|vf| vfs.contains(&vf.address));
+        let drivers: Vec<_> = own.map(|vf| vf.driver.as_deref()).collect();
+        ensure!(
+            !drivers.is_empty() && drivers.iter().all(|driver| *driver == Some("vfio-pci")),
+            "the attached VFs of {} are on {drivers:?}",
+            pf.address
+        );
+        of_pfs += drivers.len();
+        let api: Api<PhysicalFunction> = Api::all(lab.host.clone());
+        let what = "the attached VFs to be reported";
+        watch::until(&api, &pf.object, what, SETTLE, |p| {
+            let status = p.and_then(|p| p.status.as_ref()).context("no status")?;
+            let counts = &status.counts;
+            Ok(if usize::from(counts.attached) == drivers.len() {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(format!("{counts:?}"))
+            })
         })
-    })
-    .await
+        .await?;
+    }
+    ensure!(of_pfs == ready.len(), "{vfs:?} are not all of these PFs");
+    Ok(all)
 }
 
 /// Each VF was taken from one holder before it was bound for the next.

@@ -112,7 +112,7 @@ async fn inventory(lab: &Lab<'_>) -> Result<()> {
         "{} objects for {count} functions",
         all.len()
     );
-    for (pf, mac) in [&lab.wired, &lab.uplink, &lab.shared]
+    for (pf, mac) in [&lab.wired, &lab.uplink, &lab.shared, &lab.second]
         .into_iter()
         .zip(PF_MACS)
     {

@@ -1,5 +1,5 @@
 //! The laboratory of a scenario: clients of both clusters, shells on both machines, the
-//! switch, and the three PFs by what they are for. Opening one and closing it both put
+//! switch, and the PFs by what they are for. Opening one and closing it both put
 //! away whatever a scenario, also one that was killed, made and marked with [`MARK`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::far::{Shell, sh};
 use super::site::{self, Switch, TraceEvent};
-use super::{claims, kinds, l1, ports, stops};
+use super::{claims, kinds, l1, ports, second, stops};
 use crate::context::DataCentre;
 use crate::machine::{self, L1, L2, Machine};
 
@@ -22,7 +22,7 @@ use crate::machine::{self, L1, L2, Machine};
 static LEFT_TIDY: AtomicBool = AtomicBool::new(false);
 /// The PFs, found once in a process: their objects, addresses and names follow from L1's
 /// command line, and each look costs an emulated machine a second.
-static FOUND: OnceCell<[Pf; 3]> = OnceCell::const_new();
+static FOUND: OnceCell<[Pf; 4]> = OnceCell::const_new();
 /// Label of every object that a scenario makes, so that all can be found and removed.
 pub const MARK: &str = "e2e.sriov.harvesterhci.io/scenario";
 
@@ -50,6 +50,8 @@ pub struct Lab<'a> {
     pub uplink: Pf,
     /// The PF behind a port without ACS.
     pub shared: Pf,
+    /// A PF on no wire, for the scenarios that need a second one to be managed.
+    pub second: Pf,
     pub qemu: l1::Qemu,
 }
 
@@ -87,7 +89,7 @@ impl<'a> Lab<'a> {
             host: &host,
             l1: &l1,
         };
-        let [wired, uplink, shared] = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
+        let [wired, uplink, shared, second] = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
         let qemu = l1::Qemu::of(&l2, site::L2_DOMAIN);
         let switch = machine.switch();
         let lab = Self {
@@ -101,6 +103,7 @@ impl<'a> Lab<'a> {
             wired,
             uplink,
             shared,
+            second,
             qemu,
         };
         lab.manage(&lab.wired, true).await?;
@@ -148,6 +151,7 @@ for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; tru
         );
         tokio::try_join!(sh(&self.l2, units), sh(&self.l1, &holders))?;
         claims::remove_all(self).await?;
+        second::remove(self).await?;
         kinds::remove_all(self).await?;
         let (mut all, kernel) =
             tokio::try_join!(self.qemu.pci(), l1::pf(&self.l1, &self.wired.address))?;
@@ -156,7 +160,7 @@ for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; tru
             all = self.qemu.pci().await?;
         }
         let left = l1::ours(all);
-        for pf in [&self.uplink, &self.shared] {
+        for pf in [&self.uplink, &self.shared, &self.second] {
             self.manage(pf, false).await?;
         }
         if !left.is_empty() {
@@ -180,12 +184,13 @@ struct Pfs<'a> {
 }
 
 impl Pfs<'_> {
-    async fn all(&self) -> Result<[Pf; 3]> {
-        let [wired, uplink, shared] = site::PF_MACS;
+    async fn all(&self) -> Result<[Pf; 4]> {
+        let [wired, uplink, shared, second] = site::PF_MACS;
         Ok([
             self.by_mac(wired).await?,
             self.by_mac(uplink).await?,
             self.by_mac(shared).await?,
+            self.by_mac(second).await?,
         ])
     }
 

@@ -12,6 +12,7 @@ pub mod lab;
 pub mod outage;
 pub mod pods;
 pub mod ports;
+pub mod second;
 pub mod site;
 pub mod stops;
 pub mod untouched;
