@@ -10,15 +10,18 @@ use futures::FutureExt;
 use tokio::time::Instant;
 
 use super::support::l2::{self, Counter};
-use super::support::outage::Outage;
+use super::support::outage::{Flapping, Outage};
 use super::support::pods::Part;
 use super::support::site::{TraceEvent, TraceKind};
 use super::support::{Attached, Claim, Lab, Wish, watch, writes};
 use super::{Scenario, release, scenario};
-use crate::wait::Probe;
+use crate::wait::{self, Probe};
 
 /// How long the API server is away.
 const AWAY: Duration = Duration::from_secs(180);
+/// How often the link goes down and comes back, and longest that may take.
+const FLAPS: usize = 6;
+const FLAPPING: Duration = Duration::from_secs(300);
 /// Longest until a claim says that the host is away.
 const TELL: Duration = Duration::from_secs(60);
 
@@ -35,6 +38,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             "guest-api-server-away",
             "the guest's API server is away for three minutes and every program is killed meanwhile: no copy goes for its silence, and what was asked for just before ends where it should",
             guest_away
+        ),
+        scenario!(
+            Long,
+            "host-link-flaps",
+            "for three minutes the link to the host's API server is down twenty seconds of thirty, without a word, for every program: claims made and deleted meanwhile end where they should, once, and nothing is doubled or taken away",
+            host_flaps
         ),
     ]
 }
@@ -180,5 +189,33 @@ async fn guest_away(lab: &Lab<'_>) -> Result<()> {
     .await;
     outage.end().await?;
     meanwhile?;
+    before.after(lab, &arriving).await
+}
+
+async fn host_flaps(lab: &Lab<'_>) -> Result<()> {
+    let before = Before::make(lab).await?;
+    let flapping = Flapping::begin(&lab.dc.host).await?;
+    let meanwhile = async {
+        let arriving = lab.create(&Wish::new("arriving")).await?;
+        lab.delete(&before.leaving.0).await?;
+        let every = Duration::from_secs(1);
+        wait::until("the link to come and go", FLAPPING, every, || async {
+            let dropped = flapping.dropped()?;
+            Ok(if dropped.len() >= FLAPS {
+                Probe::Ready(dropped)
+            } else {
+                Probe::NotYet(format!("{dropped:?}"))
+            })
+        })
+        .await
+        .map(|dropped| (arriving, dropped))
+    }
+    .await;
+    flapping.end()?;
+    let (arriving, dropped) = meanwhile?;
+    ensure!(
+        dropped.iter().all(|n| *n > 0),
+        "nobody met a link that was down: {dropped:?}"
+    );
     before.after(lab, &arriving).await
 }

@@ -1,4 +1,5 @@
-//! An API server that is away: its static pod is taken from the kubelet, and given back.
+//! An API server that is away: its static pod is taken from the kubelet, and given back. And one
+//! to which the link comes and goes: what is sent to it is dropped without a word.
 
 use std::time::Duration;
 
@@ -6,6 +7,7 @@ use anyhow::{Context, Result};
 use kube::Client;
 
 use crate::clusters::Cluster;
+use crate::docker::GATEWAY;
 use crate::wait::{self, Probe};
 
 /// Gives the pod back should the harness not come to it, before anybody starts anew.
@@ -67,6 +69,65 @@ mv {MANIFEST} {AWAY}"
     }
 
     fn run(&self, script: &str) -> Result<String> {
-        Ok(self.cluster.exec().args(["bash", "-c", script]).text()?)
+        run(self.cluster, script)
+    }
+}
+
+fn run(cluster: &Cluster, script: &str) -> Result<String> {
+    Ok(cluster.exec().args(["bash", "-c", script]).text()?)
+}
+
+const FLAPS: &str = "e2e-flaps";
+/// Seconds without and with a link. The programs give a request up after 15 s, a leader its Lease
+/// after 10 s.
+const DOWN_SECONDS: u32 = 20;
+const UP_SECONDS: u32 = 10;
+
+/// A link to a cluster's API server that comes and goes, for everybody but the harness and the
+/// server's own node. Ends only by [`Flapping::end`], or by a timer of the node.
+pub struct Flapping<'c> {
+    cluster: &'c Cluster,
+}
+
+impl<'c> Flapping<'c> {
+    /// The link is down when this returns, and comes and goes from then on.
+    pub async fn begin(cluster: &'c Cluster) -> Result<Self> {
+        let rule = format!("INPUT -p tcp --dport 6443 ! -i lo ! -s {GATEWAY} -j DROP");
+        let script = format!(
+            "systemctl stop {FLAPS} 2>/dev/null; systemctl reset-failed {FLAPS} 2>/dev/null
+rm -f /run/{FLAPS}; set -e
+systemd-run -q --unit={FLAPS} -p RuntimeMaxSec={TIMER_SECONDS} -p 'ExecStopPost=-iptables -D {rule}' \
+bash -c 'while iptables -I {rule}; do sleep {DOWN_SECONDS}
+n=$(iptables -nvxL INPUT 1); set -- $n; iptables -D {rule}; echo $1 >>/run/{FLAPS}; sleep {UP_SECONDS}; done'"
+        );
+        run(cluster, &script).context("taking the link to the API server down")?;
+        wait::until("the link to be down", LIMIT, EVERY, || async {
+            let there = run(
+                cluster,
+                &format!("iptables -C {rule} 2>&1 && echo down; true"),
+            )?;
+            Ok(if there.contains("down") {
+                Probe::Ready(())
+            } else {
+                Probe::NotYet(there)
+            })
+        })
+        .await?;
+        Ok(Self { cluster })
+    }
+
+    /// Packets that were dropped, each time that the link was down so far.
+    pub fn dropped(&self) -> Result<Vec<u64>> {
+        let said = run(self.cluster, &format!("cat /run/{FLAPS} 2>/dev/null; true"))?;
+        said.split_ascii_whitespace()
+            .map(|n| n.parse().with_context(|| format!("{said:?}")))
+            .collect()
+    }
+
+    /// The link is up for good when this returns.
+    pub fn end(self) -> Result<()> {
+        run(self.cluster, &format!("systemctl stop {FLAPS}"))
+            .context("giving the link to the API server back")?;
+        Ok(())
     }
 }
