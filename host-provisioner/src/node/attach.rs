@@ -49,8 +49,7 @@ pub async fn record(
 ) -> StepResult<VFClaim> {
     let uid = claim.metadata.uid.as_deref().unwrap_or_default();
     let mut machine = vm.session.machine().await.map_err(VmError::from)?;
-    let taken = agent.ledger.lock().ports_in(&vm.process.pod_uid, uid);
-    let port = match qemu::choose_port(&mut machine, &taken, agent.reserved_ports) {
+    let port = match qemu::choose_port(agent, vm, &mut machine, uid) {
         Ok(port) => port,
         Err(why) => return Ok(Err(refusal(&why))),
     };

@@ -206,7 +206,7 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
         return Step::Rest;
     }
     if !claim.device {
-        return unless_left(seen, Step::Allocate);
+        return unless_left(seen, choose(seen));
     }
     let Some(vf) = &seen.vf else {
         if claim.attachment && seen.qemu.is_none() {
@@ -238,6 +238,16 @@ fn unless_left(seen: &Seen, otherwise: Step) -> Step {
     }
 }
 
+/// A VF is taken from the pool only for a VM that can have one: what waits for a port, perhaps
+/// for days, must not keep a VF from others. One whose QEMU does not run yet is prepared for.
+fn choose(seen: &Seen) -> Step {
+    match &seen.qemu {
+        None => Step::LookAtQemu,
+        Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
+        Some(Qemu::Gone | Qemu::Running(_)) => Step::Allocate,
+    }
+}
+
 /// The guest has the device. What was granted was read back before it got it; what somebody
 /// did to it since, and what was granted to the copy of which it was taken over, is seen by
 /// looking again.
@@ -253,6 +263,12 @@ fn keep(seen: &Seen, address: &str) -> Step {
 
 /// The way up to the recorded attachment: nothing of QEMU's is touched yet.
 fn attach_new(vf: &VfSeen, seen: &Seen) -> Step {
+    if let Some(Qemu::Unsupported { reason, .. }) = &seen.qemu
+        && *reason == reason::NO_FREE_PORT
+        && let Some(step) = give_back(vf)
+    {
+        return step;
+    }
     match make_ready(vf) {
         Some(step) if vf.vf == Vf::VfioHeld => return unless_left(seen, step),
         Some(step) => return step,
@@ -266,6 +282,16 @@ fn attach_new(vf: &VfSeen, seen: &Seen) -> Step {
         ),
         Some(Qemu::Unsupported { reason, message }) => wait(reason, message.clone()),
         Some(Qemu::Running(_)) => Step::RecordAttachment,
+    }
+}
+
+/// The VF goes back to the pool unused; `None` while it is not ours to write to.
+fn give_back(vf: &VfSeen) -> Option<Step> {
+    match vf.vf {
+        Vf::Driverless if vf.clean => Some(Step::ClearDevice),
+        Vf::Driverless | Vf::VfioFree => Some(Step::Clean),
+        Vf::Absent => Some(Step::ClearDevice),
+        Vf::VfioHeld | Vf::OtherDriver(_) | Vf::Stuck(_) => None,
     }
 }
 
@@ -371,9 +397,9 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
         // Unless it is the VM's it was never ours in deed: whoever has it keeps it, the claim
         // lets go.
         Vf::VfioHeld => unless_left(seen, Step::ClearDevice),
-        Vf::OtherDriver(_) | Vf::Absent => Step::ClearDevice,
-        Vf::Driverless if vf.clean => Step::ClearDevice,
-        Vf::Driverless | Vf::VfioFree => Step::Clean,
+        Vf::OtherDriver(_) | Vf::Absent | Vf::Driverless | Vf::VfioFree => {
+            give_back(vf).unwrap_or(Step::ClearDevice)
+        }
     }
 }
 

@@ -143,10 +143,14 @@ pub async fn look(agent: &Agent, claim: &VFClaim) -> Result<(Qemu, Option<Vm>), 
     if !vm.process.user_ns_is_init {
         return Ok((unsupported(&Unsupported::UserNamespace), Some(vm)));
     }
-    let machine = vm.session.machine().await?;
+    let mut machine = vm.session.machine().await?;
     let id = vm_plan::device_id(&claim_identity(claim));
-    let seen = match vm_plan::check(&machine).and_then(|()| vm_plan::id_is_free(&machine, &id)) {
-        Ok(()) => Qemu::Running(InQemu::Absent),
+    let uid = claim.metadata.uid.as_deref().unwrap_or_default();
+    let fit = vm_plan::check(&machine)
+        .and_then(|()| vm_plan::id_is_free(&machine, &id))
+        .and_then(|()| choose_port(agent, &vm, &mut machine, uid));
+    let seen = match fit {
+        Ok(_) => Qemu::Running(InQemu::Absent),
         Err(why) => unsupported(&why),
     };
     Ok((seen, Some(vm)))
@@ -193,18 +197,21 @@ pub fn unsupported(why: &Unsupported) -> Qemu {
     }
 }
 
-/// Chooses a port, leaving those that other claims have recorded but not used yet.
+/// Chooses a port for the claim of that UID, leaving those that other claims have recorded but
+/// not used yet.
 pub fn choose_port(
+    agent: &Agent,
+    vm: &Vm,
     machine: &mut Machine,
-    taken: &[String],
-    reserved: usize,
+    claim_uid: &str,
 ) -> Result<String, Unsupported> {
+    let taken = agent.ledger.lock().ports_in(&vm.process.pod_uid, claim_uid);
     for port in &mut machine.ports {
         if taken.contains(&port.id) {
             port.occupied = true;
         }
     }
-    vm_plan::choose_port(machine, reserved).map(|port| port.id.clone())
+    vm_plan::choose_port(machine, agent.reserved_ports).map(|port| port.id.clone())
 }
 
 #[cfg(test)]

@@ -357,6 +357,8 @@ impl Walk {
         })
         .await?;
         self.device = Some(done);
+        // That took a while, and it may run by now.
+        self.seen.qemu.take_if(|qemu| *qemu == Qemu::Gone);
         // Read back under the held group just now.
         self.seen.vf = Some(VfSeen {
             vf: Vf::VfioFree,

@@ -23,7 +23,7 @@ pub struct Picture {
 
 impl Picture {
     pub async fn take(lab: &Lab<'_>) -> Result<Self> {
-        let pfs = [&lab.wired, &lab.uplink, &lab.shared];
+        let pfs = [&lab.wired, &lab.uplink, &lab.shared, &lab.second];
         let mut scripts = vec![lab.qemu.memlock_script(), lab.qemu.nodes_script()];
         for pf in pfs {
             scripts.push(l1::pf_script(&pf.address));

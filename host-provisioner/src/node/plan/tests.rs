@@ -28,7 +28,14 @@ fn a_claim_goes_up_step_by_step() {
         Step::LookForLeft
     );
     seen.left = Some(Left::Nothing);
+    assert_eq!(
+        next_step(claim(false, false, false), &seen),
+        Step::LookAtQemu
+    );
+    // It is prepared for while it starts.
+    seen.qemu = Some(Qemu::Gone);
     assert_eq!(next_step(claim(false, false, false), &seen), Step::Allocate);
+    seen.qemu = None;
     assert_eq!(next_step(claim(false, true, false), &seen), Step::LookAtVf);
     seen.vf = vf(Vf::Absent, false, false);
     assert_eq!(next_step(claim(false, true, false), &seen), Step::CreateVfs);
@@ -59,6 +66,48 @@ fn a_claim_goes_up_step_by_step() {
             guest_address: "0000:05:00.0".into()
         }
     );
+}
+
+#[test]
+fn a_vm_without_a_port_keeps_no_vf_from_others() {
+    let full = Qemu::Unsupported {
+        reason: reason::NO_FREE_PORT,
+        message: "no port".into(),
+    };
+    let paused = Qemu::Unsupported {
+        reason: reason::VM_NOT_RUNNING,
+        message: "paused".into(),
+    };
+    let waits = |step: &Step, why| matches!(step, Step::Wait(w) if w.reason == why);
+    let step = |device, qemu: &Qemu, vf| {
+        let seen = Seen {
+            qemu: Some(qemu.clone()),
+            left: Some(Left::Nothing),
+            vf,
+            ..Seen::default()
+        };
+        next_step(claim(false, device, false), &seen)
+    };
+    assert!(waits(&step(false, &full, None), reason::NO_FREE_PORT));
+    assert!(waits(&step(false, &paused, None), reason::VM_NOT_RUNNING));
+    // One that lost the race for the last port gives back what it took.
+    let ready = vf(Vf::VfioFree, true, false);
+    assert_eq!(step(true, &full, ready.clone()), Step::Clean);
+    assert_eq!(
+        step(true, &full, vf(Vf::Driverless, false, false)),
+        Step::Clean
+    );
+    assert_eq!(
+        step(true, &full, vf(Vf::Driverless, false, true)),
+        Step::ClearDevice
+    );
+    // A VM that is paused for a moment has it when it goes on.
+    assert!(waits(&step(true, &paused, ready), reason::VM_NOT_RUNNING));
+    // What somebody else has is not ours to clean.
+    for held in [Vf::VfioHeld, Vf::OtherDriver("igbvf".into())] {
+        let step = step(true, &full, vf(held, false, false));
+        assert!(waits(&step, reason::PENDING), "{step:?}");
+    }
 }
 
 #[test]
