@@ -33,7 +33,7 @@ pub struct Vm {
     /// Third byte of its user network 10.0.X.0/24, so that two VMs differ in address.
     pub network: u8,
     pub memory_mib: u32,
-    /// Whether it joins the guest's cluster.
+    /// Whether it joins the guest's cluster; else it runs no containers.
     pub join: bool,
 }
 
@@ -50,15 +50,16 @@ impl Vm {
         }
     }
 
-    /// A second one, for the scenarios that need two.
+    /// A second one, for the scenarios that need two. The one core of the emulated host is the
+    /// first one's already: two kubelets on it needed ten minutes until both nodes were Ready.
     #[must_use]
     pub fn second() -> Self {
         Self {
             name: "l2b".into(),
             uuid: "8c2b65e0-0d0f-4a55-9a0e-3c6a4f3f1b77".into(),
             network: 3,
-            memory_mib: 1024,
-            join: true,
+            memory_mib: 768,
+            join: false,
         }
     }
 
@@ -85,9 +86,14 @@ pub(super) fn xml(vm: &Vm, kernel: &str, hosts: &[(String, String)]) -> String {
     // address, so KVM skips an instruction by reading it through the guest's page tables. For
     // a write of the deadline and for HLT a kernel before 6.17 does so with the CR3 of an
     // earlier exit. It fits the triple faults that were seen; it is not proven (docs/status.md).
+    let of_node = if vm.join {
+        format!("modules_load={NODE_MODULES}")
+    } else {
+        "systemd.mask=containerd.service systemd.mask=kubelet.service".to_owned()
+    };
     let cmdline = format!(
         "{KERNEL_ARGS} pci=lastbus=0 lapic=notscdeadline idle=halt \
-         modules_load={NODE_MODULES} harness.role=l2 systemd.hostname={} systemd.machine_id={} \
+         {of_node} harness.role=l2 systemd.hostname={} systemd.machine_id={} \
          harness.net={},{}/24,10.0.{}.2 harness.hosts={}",
         vm.name,
         vm.uuid.replace('-', ""),
@@ -175,6 +181,9 @@ mod tests {
         let x = xml(&b, "vmlinuz-1", &[("api".into(), "1.2.3.4".into())]);
         assert!(x.contains("net=10.0.3.0/24") && x.contains("tenant-vms_l2b"));
         assert!(x.contains("harness.hosts=api=1.2.3.4"));
+        assert!(x.contains("systemd.mask=kubelet.service"));
+        let first = xml(&a, "vmlinuz-1", &[]);
+        assert!(first.contains(NODE_MODULES) && !first.contains("systemd.mask"));
         assert_eq!(x.matches("pcie-root-port").count(), ROOT_PORTS);
     }
 }

@@ -257,10 +257,7 @@ pub(super) async fn up(l1: &L1, host: &Cluster, guest: &Cluster, vm: &Vm) -> Res
                     !now.is_some_and(|p| ended(&p)),
                     "the launcher pod {pod} has ended: see its log"
                 );
-                Ok(Probe::of(
-                    answers(l1, host, &vm.name).await.map(Some),
-                    "it boots",
-                ))
+                Ok(Probe::of(answers(l1, host, vm).await.map(Some), "it boots"))
             },
         ),
     )
@@ -295,9 +292,13 @@ fn ended(pod: &Pod) -> bool {
     matches!(phase, Some("Failed" | "Succeeded"))
 }
 
-async fn answers(l1: &L1, host: &Cluster, name: &str) -> Result<L2> {
-    let l2 = find(l1, host, name).await?;
-    let command = "systemctl is-active -q containerd && systemctl is-active -q harness-network";
+async fn answers(l1: &L1, host: &Cluster, vm: &Vm) -> Result<L2> {
+    let l2 = find(l1, host, &vm.name).await?;
+    let command = if vm.join {
+        "systemctl is-active -q containerd && systemctl is-active -q harness-network"
+    } else {
+        "systemctl is-active -q harness-network"
+    };
     l2.run_with(command, &[], Duration::from_secs(20))
         .await?
         .ok(command)?;

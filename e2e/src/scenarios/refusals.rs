@@ -134,7 +134,8 @@ async fn unknown_node(lab: &Lab<'_>) -> Result<()> {
 async fn forged_uuid(lab: &Lab<'_>) -> Result<()> {
     let uuid = "0f0f0f0f-1111-4222-8333-444444444444";
     lab.other_tenants_vm("other", uuid).await?;
-    lab.forged_node("forged", uuid, "10.77.0.7").await?;
+    lab.node_without_kubelet("forged", uuid, "10.77.0.7")
+        .await?;
     refuse(
         lab,
         Wish::new("forged").node("forged"),
@@ -147,7 +148,7 @@ async fn forged_uuid(lab: &Lab<'_>) -> Result<()> {
 async fn contradicting_ip(lab: &Lab<'_>) -> Result<()> {
     let (uuid, _) = lab.node_identity(L2_NODE).await?;
     let wrong = "10.77.0.8";
-    lab.forged_node("elsewhere", &uuid, wrong).await?;
+    lab.node_without_kubelet("elsewhere", &uuid, wrong).await?;
     let wish = Wish::new("elsewhere").node("elsewhere");
     refuse(lab, wish, reason::IP_CONTRADICTS, &[wrong]).await
 }

@@ -89,9 +89,14 @@ impl Lab<'_> {
         Ok(())
     }
 
-    /// A node of the guest cluster that no machine stands behind: a guest's administrator
-    /// can write whatever it likes into its own cluster.
-    pub async fn forged_node(&self, name: &str, system_uuid: &str, ip: &str) -> Result<()> {
+    /// A node of the guest cluster that no kubelet has registered: a guest's administrator can
+    /// write whatever it likes into its own cluster.
+    pub async fn node_without_kubelet(
+        &self,
+        name: &str,
+        system_uuid: &str,
+        ip: &str,
+    ) -> Result<()> {
         let api: Api<Node> = Api::all(self.guest.clone());
         let node: Node = serde_json::from_value(json!({
             "metadata": {"name": name, "labels": {MARK: "yes"}},
@@ -99,7 +104,7 @@ impl Lab<'_> {
         }))?;
         api.create(&PostParams::default(), &node)
             .await
-            .context("forging a node")?;
+            .with_context(|| format!("making node {name}"))?;
         let empty = "";
         let status = json!({"status": {
             "addresses": [{"type": "InternalIP", "address": ip}],
@@ -112,7 +117,7 @@ impl Lab<'_> {
         }});
         api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
             .await
-            .context("forging a node's status")?;
+            .with_context(|| format!("making the status of node {name}"))?;
         Ok(())
     }
 
