@@ -13,7 +13,7 @@ use super::channel::{self, Channel, Output};
 use super::image::Image;
 use super::switch::Switch;
 use super::trace::{self, TraceEvent};
-use super::{network, qemu};
+use super::{mend, network, qemu};
 use crate::clusters::{Cluster, Join, not_ready};
 use crate::context::DataCentre;
 use crate::daemon::Daemon;
@@ -196,8 +196,10 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
         .run()?;
     let hosts = [&dc.host, &dc.guest].map(|c| (c.node(), c.address.clone()));
     let address = format!("{}/{}", network::ADDRESS, network::PREFIX);
+    let mend = mend::ensure(paths)?;
     let spec = qemu::Spec {
         name: NODE,
+        mend: &mend,
         dir: Path::new(RUN),
         share: &share(paths),
         overlay: &overlay,

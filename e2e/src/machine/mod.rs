@@ -11,6 +11,7 @@ mod image;
 mod initramfs;
 mod l1;
 mod l2;
+mod mend;
 mod network;
 mod newc;
 mod objects;

@@ -18,6 +18,8 @@ pub(super) const UUID: &str = "11111111-0000-4000-8000-000000000001";
 #[derive(Clone, Debug)]
 pub(super) struct Spec<'a> {
     pub(super) name: &'a str,
+    /// What is loaded before QEMU.
+    pub(super) mend: &'a Path,
     /// Folder of sockets, console log and lock files; short, because of socket paths.
     pub(super) dir: &'a Path,
     /// Folder that L1 sees read-only as /harness.
@@ -78,6 +80,8 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     let dir = s.dir.display();
     let root = image.root.display();
     let mut c = image.command("usr/bin/qemu-system-x86_64");
+    // To the loader, which is the command's first word: a variable would be inherited.
+    c.splice(1..1, ["--preload".into(), s.mend.display().to_string()]);
     let mut arg = |flag: &str, value: &str| {
         c.push(flag.to_owned());
         c.push(value.to_owned());
@@ -195,6 +199,7 @@ mod tests {
         let hosts = [("a".to_owned(), "1.2.3.4".to_owned())];
         let spec = Spec {
             name: "l1",
+            mend: &dir,
             dir: &dir,
             share: &dir,
             overlay: &dir,
