@@ -33,6 +33,9 @@ const RT_SCOPE_UNIVERSE: u8 = 0;
 const RTN_UNICAST: u8 = 1;
 const IFF_UP: u32 = 1;
 const RTM_NEWLINK: u16 = 16;
+/// NLMSG_ERROR/NLMSG_DONE end every request; a dump that was changed under the
+/// reader says so by this flag (include/uapi/linux/netlink.h).
+const NLM_F_DUMP_INTR: u16 = 0x10;
 
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
@@ -40,13 +43,66 @@ const ROUTE_HEADER: usize = 12;
 
 /// An answer's body, not yet read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Body(pub Vec<u8>);
+struct Body(pub Vec<u8>);
 
 impl NetlinkDeserializable for Body {
     type Error = DecodeError;
 
     fn deserialize(_header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
         Ok(Self(payload.to_vec()))
+    }
+}
+
+/// The answers to one request, as its datagrams bring them.
+#[derive(Debug, Default)]
+pub struct Answers {
+    pub bodies: Vec<Vec<u8>>,
+    interrupted: bool,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Complete,
+    /// The tables changed meanwhile: what was read may miss something.
+    Interrupted,
+}
+
+/// Why a request has no answers.
+#[derive(Debug)]
+pub enum Fault {
+    /// The kernel refused.
+    Errno(i32),
+    Malformed(DecodeError),
+}
+
+impl Answers {
+    /// Reads one datagram; `None` while more is to come.
+    pub fn take(&mut self, datagram: &[u8]) -> Result<Option<End>, Fault> {
+        let mut rest = datagram;
+        while !rest.is_empty() {
+            let answer = NetlinkMessage::<Body>::deserialize(rest).map_err(Fault::Malformed)?;
+            self.interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+            let next = advance(answer.header.length);
+            match answer.payload {
+                NetlinkPayload::InnerMessage(Body(body)) => self.bodies.push(body),
+                NetlinkPayload::Error(error) => {
+                    return match error.code {
+                        None => Ok(Some(End::Complete)),
+                        Some(code) => Err(Fault::Errno(code.get().saturating_neg())),
+                    };
+                }
+                NetlinkPayload::Done(_) if self.interrupted => return Ok(Some(End::Interrupted)),
+                NetlinkPayload::Done(done) if done.code < 0 => {
+                    return Err(Fault::Errno(done.code.saturating_neg()));
+                }
+                NetlinkPayload::Done(_) => return Ok(Some(End::Complete)),
+                NetlinkPayload::Overrun(_) => return Err(Fault::Errno(libc::ENOBUFS)),
+                _ => {}
+            }
+            rest = rest.get(next..).unwrap_or_default();
+        }
+        Ok(None)
     }
 }
 
@@ -69,7 +125,7 @@ pub fn changed_links(datagram: &[u8]) -> Result<Vec<String>, DecodeError> {
 }
 
 /// From one message of a datagram to the next: they are aligned to 4 bytes.
-pub(super) fn advance(length: u32) -> usize {
+fn advance(length: u32) -> usize {
     let length = usize::try_from(length).unwrap_or(usize::MAX - 3);
     length.max(1).next_multiple_of(4)
 }
@@ -110,7 +166,7 @@ fn mac(value: &[u8]) -> Option<MacAddr> {
 }
 
 /// An `RTM_NEWLINK` body.
-pub(super) fn link(body: &[u8]) -> Result<Link, DecodeError> {
+pub fn link(body: &[u8]) -> Result<Link, DecodeError> {
     let mut link = Link {
         index: number(body, 4)?,
         up: number(body, 8)? & IFF_UP != 0,
@@ -148,7 +204,7 @@ pub(super) fn link(body: &[u8]) -> Result<Link, DecodeError> {
 /// The VF of this index in an `RTM_NEWLINK` body; `None` when it is not listed.
 ///
 /// A setting that the PF's driver does not report reads as off.
-pub(super) fn vf(body: &[u8], index: u16) -> Result<Option<VfConfig>, DecodeError> {
+pub fn vf(body: &[u8], index: u16) -> Result<Option<VfConfig>, DecodeError> {
     for attribute in attributes(body, LINK_HEADER)? {
         if attribute.kind() != IFLA_VFINFO_LIST {
             continue;
@@ -199,7 +255,7 @@ fn vf_config(infos: &[VfInfo], index: u32) -> Option<VfConfig> {
 }
 
 /// An `RTM_NEWADDR` body: interface and address, when its scope is global.
-pub(super) fn global_address(body: &[u8]) -> Result<Option<(u32, String)>, DecodeError> {
+pub fn global_address(body: &[u8]) -> Result<Option<(u32, String)>, DecodeError> {
     let prefix = byte(body, 1)?;
     if byte(body, 3)? != RT_SCOPE_UNIVERSE {
         return Ok(None);
@@ -229,7 +285,7 @@ fn ip(value: &[u8]) -> Option<String> {
 
 /// An `RTM_NEWROUTE` body: the interfaces that it leaves by, when it is a
 /// default route, in whatever table.
-pub(super) fn default_route(body: &[u8]) -> Result<Vec<u32>, DecodeError> {
+pub fn default_route(body: &[u8]) -> Result<Vec<u32>, DecodeError> {
     let (prefix, kind) = (byte(body, 1)?, byte(body, 7)?);
     let mut interfaces = Vec::new();
     if prefix != 0 || kind != RTN_UNICAST {
@@ -347,6 +403,37 @@ mod tests {
         let veth = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]);
         let body = message(vec![LinkAttribute::Link(2), veth]);
         assert_eq!(link(&body).unwrap().lower, None);
+    }
+
+    /// Header and payload of one message.
+    fn answer(kind: u16, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + payload.len()).unwrap();
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([0; 10]);
+        bytes.extend(payload);
+        bytes
+    }
+
+    #[test]
+    fn any_refusal_is_an_errno() {
+        // include/uapi/linux/netlink.h
+        const ERROR: u16 = 2;
+        const DONE: u16 = 3;
+        for (code, errno) in [(-19, 19), (i32::MIN, i32::MAX)] {
+            for kind in [ERROR, DONE] {
+                let payload = [&code.to_ne_bytes()[..], &[0; 16]].concat();
+                let fault = Answers::default().take(&answer(kind, &payload));
+                assert!(
+                    matches!(fault, Err(Fault::Errno(e)) if e == errno),
+                    "{kind} {code}"
+                );
+            }
+        }
+        let mut answers = Answers::default();
+        let all = [answer(RTM_NEWLINK, b"body"), answer(DONE, &[0; 4])].concat();
+        assert_eq!(answers.take(&all).unwrap(), Some(End::Complete));
+        assert_eq!(answers.bodies, [b"body"]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::RouteMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::parse::{self, Body};
+use super::parse::{self, Answers, End, Fault};
 use super::{Link, NetUse, Netlink, VfSetting};
 use crate::kernel::{KernelError, VfConfig};
 
@@ -24,9 +24,6 @@ use crate::kernel::{KernelError, VfConfig};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RtNetlink;
 
-/// NLMSG_ERROR/NLMSG_DONE end every request; a dump that was changed under the
-/// reader says so by this flag (include/uapi/linux/netlink.h).
-const NLM_F_DUMP_INTR: u16 = 0x10;
 /// An interrupted dump is asked for again so often.
 const DUMP_TRIES: usize = 8;
 
@@ -59,35 +56,15 @@ fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelEr
     message.serialize(&mut bytes);
     socket.send(&bytes, 0).map_err(fail)?;
 
-    let mut answers = Vec::new();
-    let mut interrupted = false;
+    let mut answers = Answers::default();
     loop {
         let (datagram, _) = socket.recv_from_full().map_err(fail)?;
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let answer = NetlinkMessage::<Body>::deserialize(rest)
-                .map_err(|error| bad(error.to_string()))?;
-            interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
-            let next = parse::advance(answer.header.length);
-            match answer.payload {
-                NetlinkPayload::InnerMessage(Body(body)) => answers.push(body),
-                NetlinkPayload::Error(error) => {
-                    return match error.code {
-                        None => Ok(Answer::Complete(answers)),
-                        Some(code) => Err(fail(io::Error::from_raw_os_error(-code.get()))),
-                    };
-                }
-                NetlinkPayload::Done(_) if interrupted => return Ok(Answer::Interrupted),
-                NetlinkPayload::Done(done) if done.code < 0 => {
-                    return Err(fail(io::Error::from_raw_os_error(-done.code)));
-                }
-                NetlinkPayload::Done(_) => return Ok(Answer::Complete(answers)),
-                NetlinkPayload::Overrun(_) => {
-                    return Err(fail(io::Error::from_raw_os_error(libc::ENOBUFS)));
-                }
-                _ => {}
-            }
-            rest = rest.get(next..).unwrap_or_default();
+        match answers.take(&datagram) {
+            Ok(None) => {}
+            Ok(Some(End::Complete)) => return Ok(Answer::Complete(answers.bodies)),
+            Ok(Some(End::Interrupted)) => return Ok(Answer::Interrupted),
+            Err(Fault::Errno(errno)) => return Err(fail(io::Error::from_raw_os_error(errno))),
+            Err(Fault::Malformed(error)) => return Err(bad(error.to_string())),
         }
     }
 }
