@@ -85,11 +85,11 @@ fn mirrored(claim: &VFClaim, old: &VFClaimStatus, copy: &VFClaim) -> VFClaimStat
     }
 }
 
+/// In the order that they have: another one would be a report that says nothing new.
 fn kept(old: &VFClaimStatus, types: &[&str]) -> Vec<Condition> {
-    types
-        .iter()
-        .filter_map(|t| condition(&old.conditions, t).cloned())
-        .collect()
+    let known = old.conditions.iter();
+    let kept = known.filter(|c| types.contains(&c.type_.as_str()));
+    kept.cloned().collect()
 }
 
 /// The guest's generation that a host statement about host generation `about`

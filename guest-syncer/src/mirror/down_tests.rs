@@ -169,6 +169,30 @@ fn an_unchanged_report_is_the_same_value_whatever_the_time() {
 }
 
 #[test]
+fn conditions_in_whatever_order_are_reported_once() {
+    let ready = || Condition {
+        type_: type_::READY.into(),
+        status: "False".into(),
+        reason: "Pending".into(),
+        message: String::new(),
+        observed_generation: None,
+        last_transition_time: at(1),
+    };
+    let said = copy(&[("Admitted", "True", "Admitted", 8)]);
+    for host in [HostView::Absent, HostView::Unknown, HostView::Copy(&said)] {
+        let mut claim = claim();
+        claim.status = Some(VFClaimStatus {
+            conditions: vec![ready()],
+            ..VFClaimStatus::default()
+        });
+        let first = wanted_status(&claim, host, &synced(), &at(9));
+        claim.status = Some(first);
+        let second = wanted_status(&claim, host, &synced(), &at(30));
+        assert_eq!(writes(claim.status.as_ref(), second), vec![], "{host:?}");
+    }
+}
+
+#[test]
 fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
     let mut said = copy(&[]);
     said.status = Some(VFClaimStatus {
