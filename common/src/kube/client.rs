@@ -4,6 +4,7 @@
 //! and certificates are renewed under a running program.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -120,12 +121,25 @@ async fn load(path: Option<&Path>) -> Result<(Config, Seen), ClientError> {
         source: Box::new(source),
     };
     // Read before use: a change in between is then seen at the next look.
-    let kubeconfig = Kubeconfig::read_from(path).map_err(fail)?;
+    let kubeconfig = read(path).map_err(fail)?;
     let seen = look(path, &kubeconfig);
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .await
         .map_err(fail)?;
     Ok((config, seen))
+}
+
+/// Reads a kubeconfig. kube takes UTF-16 too, and panics at a file of it that is cut off within
+/// a character, as one that is just being written is: that would end the following.
+fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
+    let fail = |source| KubeconfigError::ReadConfig(source, path.to_owned());
+    let bytes = std::fs::read(path).map_err(fail)?;
+    let utf16 = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]);
+    if utf16 && !bytes.len().is_multiple_of(2) {
+        let cut = "it is UTF-16 and ends within a character";
+        return Err(fail(io::Error::new(io::ErrorKind::InvalidData, cut)));
+    }
+    Kubeconfig::read_from(path)
 }
 
 fn build(config: Config) -> Result<Client, ClientError> {
@@ -144,7 +158,7 @@ fn look(path: &Path, kubeconfig: &Kubeconfig) -> Seen {
         .iter()
         .filter_map(|cluster| cluster.cluster.as_ref())
         .map(|cluster| &cluster.certificate_authority);
-    // `Kubeconfig::read_from` has made relative names absolute.
+    // `read` has made relative names absolute.
     let named = users.chain(clusters).flatten().map(PathBuf::from);
     std::iter::once(path.to_owned())
         .chain(named)
@@ -163,7 +177,7 @@ async fn follow(path: PathBuf, mut seen: Seen, clients: watch::Sender<Client>, e
     let mut failed = None;
     loop {
         tokio::time::sleep(every).await;
-        let now = match Kubeconfig::read_from(&path) {
+        let now = match read(&path) {
             Ok(kubeconfig) => look(&path, &kubeconfig),
             Err(_) => look(&path, &Kubeconfig::default()),
         };
@@ -217,5 +231,27 @@ impl Service<Request<Body>> for Reloading {
             }
             client.send(request).await
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_cut_off_within_a_character_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kubeconfig");
+        for mark in [[0xff, 0xfe], [0xfe, 0xff]] {
+            std::fs::write(&path, [&mark[..], b"{"].concat()).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains("UTF-16"), "{error}");
+        }
+        let text: Vec<u8> = "kind: Config\n"
+            .encode_utf16()
+            .flat_map(u16::to_le_bytes)
+            .collect();
+        std::fs::write(&path, [&[0xff, 0xfe], &text[..]].concat()).unwrap();
+        assert_eq!(read(&path).unwrap().kind.as_deref(), Some("Config"));
     }
 }
