@@ -3,7 +3,7 @@
 
 use common::api::{
     Admitted, ClassNetwork, DEFAULT_CLASS_ANNOTATION, GrantedNetwork, GuestCluster, NetworkField,
-    NetworkRequest, VFClaim, VFClass, reason,
+    NetworkRequest, VFClaim, VFClass, Vlan, reason,
 };
 use kube::ResourceExt as _;
 use sha2::{Digest as _, Sha256};
@@ -215,12 +215,12 @@ struct Policy<'a> {
 
 impl Policy<'_> {
     fn grant(&self, wish: &NetworkRequest) -> Result<GrantedNetwork, Refusal> {
-        use NetworkField::{MacAddress, SpoofCheck, Trust, Vlan};
+        use NetworkField::{MacAddress, SpoofCheck, Trust};
         let mac = wish.mac_address.as_deref().map(normal_mac).transpose()?;
-        let vlan = wish.vlan.clone().map(Some);
+        let vlan = wish.vlan.clone().map(usable_vlan).transpose()?.map(Some);
         Ok(GrantedNetwork {
             mac_address: self.choose(MacAddress, "macAddress", mac, |n| n.mac_address.clone())?,
-            vlan: self.choose(Vlan, "vlan", vlan, |n| n.vlan.clone())?,
+            vlan: self.choose(NetworkField::Vlan, "vlan", vlan, |n| n.vlan.clone())?,
             spoof_check: self.choose(SpoofCheck, "spoofCheck", wish.spoof_check, |n| {
                 n.spoof_check
             })?,
@@ -279,6 +279,22 @@ fn normal_mac(text: &str) -> Result<String, Refusal> {
             ),
         )),
     }
+}
+
+/// A tag that the kernel can put on and reports again: it shows identifier 0 as none, and the
+/// claim would be compared with it for ever. The schema says the same, as for a MAC address.
+fn usable_vlan(vlan: Vlan) -> Result<Vlan, Refusal> {
+    if (1..=4094).contains(&vlan.id) && vlan.qos.is_none_or(|qos| qos <= 7) {
+        return Ok(vlan);
+    }
+    Err(Refusal::new(
+        reason::OVERRIDE_NOT_ALLOWED,
+        format!(
+            "network.vlan {} with qos {} is no VLAN; write an id of 1 to 4094 and a qos of 0 to 7",
+            vlan.id,
+            vlan.qos.unwrap_or(0)
+        ),
+    ))
 }
 
 #[cfg(test)]

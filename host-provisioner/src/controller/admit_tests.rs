@@ -205,6 +205,23 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
 }
 
 #[test]
+fn vlans_that_the_kernel_does_not_report_again_are_refused() {
+    let lenient = class("gold", &[NetworkField::Vlan]);
+    let asked = |id: u16, qos: Option<u8>| {
+        let vlan = Some(Vlan { id, qos });
+        let asked = claim(Some("gold"), NetworkRequest { vlan, ..wish() });
+        ask(&asked, &cluster(&["gold"]), &[&lenient], 0)
+    };
+    for (id, qos) in [(0, None), (0, Some(5)), (4095, None), (100, Some(8))] {
+        let refused = reason_of(asked(id, qos));
+        assert_eq!(refused, reason::OVERRIDE_NOT_ALLOWED, "{id} {qos:?}");
+    }
+    for (id, qos) in [(1, None), (4094, Some(7))] {
+        assert!(asked(id, qos).is_ok(), "{id} {qos:?}");
+    }
+}
+
+#[test]
 fn mac_addresses_that_no_vf_can_have_are_refused() {
     let lenient = class("gold", &[NetworkField::MacAddress]);
     for mac in [
