@@ -408,3 +408,39 @@ async fn a_session_outlives_its_socket() {
     );
     monitor.abort();
 }
+
+/// Has the device, and closes each connection after its second answer.
+async fn closing_monitor(listener: UnixListener) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (read, mut write) = stream.into_split();
+        let mut lines = BufReader::new(read).lines();
+        let hello = json!({"QMP": {"version": {}, "capabilities": []}});
+        drop(write.write_all(format!("{hello}\n").as_bytes()).await);
+        for _ in 0..2 {
+            let Ok(Some(line)) = lines.next_line().await else {
+                break;
+            };
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            let list = json!([{"name": "x", "type": "child<vfio-pci>"}]);
+            let answer = json!({"return": list, "id": asked["id"]});
+            drop(write.write_all(format!("{answer}\n").as_bytes()).await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_monitor_that_closes_each_connection_does_not_keep_us() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket: PathBuf = folder.path().join("qmp");
+    let monitor = tokio::spawn(closing_monitor(UnixListener::bind(&socket).unwrap()));
+    let me = Proc::new("/proc")
+        .process("pod", std::process::id())
+        .unwrap();
+    let session = QmpHypervisor::new(&socket).connect(&me).await.unwrap();
+    let asked = session.device_del("x", Duration::from_millis(1500));
+    let answer = tokio::time::timeout(Duration::from_secs(20), asked).await;
+    let answer = answer.expect("it ends").unwrap();
+    assert!(matches!(answer, Unplug::Pending { .. }), "{answer:?}");
+    monitor.abort();
+}

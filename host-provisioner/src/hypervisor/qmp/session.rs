@@ -8,7 +8,7 @@ use common::pci::PciAddress;
 use qapi::qmp;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, broadcast};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::super::{
     Event, GuestMemory, GuestView, HypervisorError, Machine, Peripheral, Plugged, RootPort,
@@ -21,6 +21,8 @@ use crate::points::{Point, reach};
 /// Queries are answered at once unless QEMU's big lock is held: pinning a guest's memory for
 /// another device may take this long.
 const QUERY_TIME: Duration = Duration::from_secs(60);
+/// Between two connections to a QEMU that closes them.
+const CONNECT_AGAIN: Duration = Duration::from_secs(1);
 const PERIPHERAL: &str = "/machine/peripheral";
 const PERIPHERAL_ANON: &str = "/machine/peripheral-anon";
 
@@ -165,12 +167,22 @@ impl QmpSession {
         events: &mut broadcast::Receiver<Event>,
         until: Instant,
     ) -> Result<Unplug> {
+        let pending = |reason: &str| {
+            Ok(Unplug::Pending {
+                reason: reason.to_owned(),
+            })
+        };
+        let not_yet = "the guest has not let the device go yet";
         loop {
             let event = match timeout_at(until, events.recv()).await {
                 Ok(Ok(event)) => event,
                 Ok(Err(_)) if !self.exists(id).await? => return Ok(Unplug::Deleted),
+                // What is ready is taken before the time is looked at: a QEMU that floods us, or
+                // closes each connection, would be listened to for ever.
+                Ok(Err(_)) if Instant::now() >= until => return pending(not_yet),
                 Ok(Err(broadcast::error::RecvError::Lagged(_))) => continue,
                 Ok(Err(broadcast::error::RecvError::Closed)) => {
+                    sleep_until(until.min(Instant::now() + CONNECT_AGAIN)).await;
                     *events = self.events().await?;
                     // It may have gone between the look above and the new ear.
                     if !self.exists(id).await? {
@@ -178,18 +190,12 @@ impl QmpSession {
                     }
                     continue;
                 }
-                Err(_) => {
-                    return Ok(Unplug::Pending {
-                        reason: "the guest has not let the device go yet".to_owned(),
-                    });
-                }
+                Err(_) => return pending(not_yet),
             };
             match (event.name.as_str(), event.device() == Some(id)) {
                 ("DEVICE_DELETED", true) => return Ok(Unplug::Deleted),
                 ("DEVICE_UNPLUG_GUEST_ERROR", true) => {
-                    return Ok(Unplug::Pending {
-                        reason: "the guest refused to let the device go".to_owned(),
-                    });
+                    return pending("the guest refused to let the device go");
                 }
                 _ => {}
             }
