@@ -98,6 +98,8 @@ fn metadata(target: &str) -> Cmd {
         "metadata",
         "--format-version=1",
         "--locked",
+        // The fuzzers' libFuzzer is optional.
+        "--all-features",
         "--filter-platform",
         target,
     ])

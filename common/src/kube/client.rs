@@ -204,6 +204,23 @@ async fn follow(path: PathBuf, mut seen: Seen, clients: watch::Sender<Client>, e
     }
 }
 
+/// For the fuzzers, which lie outside of this crate (room `fuzz`): reads a kubeconfig as the
+/// programs do, and the client that it makes, if `may` lets it be made (kube starts the programs
+/// that a kubeconfig names). Answers the files that are followed.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub async fn load_for_fuzzing(
+    path: &Path,
+    may: impl FnOnce(&Config) -> bool,
+) -> Result<Vec<PathBuf>, ClientError> {
+    install_crypto();
+    let (config, seen) = load(Some(path)).await?;
+    if may(&config) {
+        build(config)?;
+    }
+    Ok(seen.into_keys().collect())
+}
+
 /// Sends each request through the client of the moment.
 struct Reloading {
     current: watch::Receiver<Client>,

@@ -225,7 +225,7 @@ impl Proc {
 }
 
 /// The group of an open `/dev/vfio/N`; its node is taken away once it is open.
-fn vfio_group(link: &str) -> Option<u32> {
+pub(super) fn vfio_group(link: &str) -> Option<u32> {
     let name = link.strip_prefix("/dev/vfio/")?;
     name.trim_end_matches(" (deleted)").parse().ok()
 }
@@ -237,7 +237,7 @@ fn is_gone(e: &io::Error) -> bool {
 
 /// Field 22 of /proc/PID/stat. The second field is the command in parentheses and may hold
 /// anything, parentheses too: counting starts after the last one.
-fn parse_start_time(stat: &str) -> Option<u64> {
+pub(super) fn parse_start_time(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_ascii_whitespace().nth(19)?.parse().ok()
 }
@@ -250,7 +250,7 @@ fn status_field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// The effective id of a `Uid:` or `Gid:` line: real, effective, saved, file system.
-fn effective_id(status: &str, name: &str) -> Option<u32> {
+pub(super) fn effective_id(status: &str, name: &str) -> Option<u32> {
     status_field(status, name)?
         .split_ascii_whitespace()
         .nth(1)?
@@ -259,7 +259,7 @@ fn effective_id(status: &str, name: &str) -> Option<u32> {
 }
 
 /// The v2 line of /proc/PID/cgroup is `0::/path`.
-fn unified_cgroup(text: &str, pid: u32) -> Result<PathBuf, LauncherError> {
+pub(super) fn unified_cgroup(text: &str, pid: u32) -> Result<PathBuf, LauncherError> {
     let path = text
         .lines()
         .find_map(|line| line.strip_prefix("0::"))
@@ -278,7 +278,7 @@ fn unified_cgroup(text: &str, pid: u32) -> Result<PathBuf, LauncherError> {
 ///
 /// The first component that names any pod decides: what comes below it was named by whoever
 /// runs in that pod.
-fn names_pod(line: &str, pod_uid: &str) -> bool {
+pub(super) fn names_pod(line: &str, pod_uid: &str) -> bool {
     let path = line.splitn(3, ':').nth(2).unwrap_or_default();
     let first = path.split('/').find_map(|part| {
         let slice = part
@@ -293,7 +293,7 @@ fn names_pod(line: &str, pod_uid: &str) -> bool {
     !pod_uid.is_empty() && first.as_deref() == Some(pod_uid)
 }
 
-fn is_capability_probe(cmdline: &[u8]) -> bool {
+pub(super) fn is_capability_probe(cmdline: &[u8]) -> bool {
     let mut arguments = cmdline.split(|b| *b == 0);
     while let Some(argument) = arguments.next() {
         if matches!(argument, b"-machine" | b"-M" | b"--machine") {

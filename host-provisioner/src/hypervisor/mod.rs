@@ -6,6 +6,9 @@
 //! `gates` make blocking system calls (call them where blocking is allowed);
 //! `qmp` is asynchronous.
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gates;
 pub mod launcher;
 pub mod memory;

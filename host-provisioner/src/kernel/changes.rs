@@ -99,7 +99,7 @@ fn follow(
 }
 
 /// The interfaces that a datagram of rtnetlink tells of, if they can have VFs.
-fn links_of(datagram: &[u8], has_vfs: &dyn Fn(&str) -> bool) -> Vec<Change> {
+pub(super) fn links_of(datagram: &[u8], has_vfs: &dyn Fn(&str) -> bool) -> Vec<Change> {
     let Ok(names) = netlink::changed_links(datagram) else {
         // What it says is not known; that something changed is.
         return vec![Change::Anything];
@@ -110,7 +110,7 @@ fn links_of(datagram: &[u8], has_vfs: &dyn Fn(&str) -> bool) -> Vec<Change> {
 
 /// The PCI function that a uevent is about: `ACTION@DEVPATH`, then `KEY=value`, each ended
 /// by a zero byte (lib/kobject_uevent.c).
-fn function_of(datagram: &[u8]) -> Option<Change> {
+pub(super) fn function_of(datagram: &[u8]) -> Option<Change> {
     let mut pci = false;
     let mut relevant = false;
     let mut address = None;

@@ -10,6 +10,9 @@ mod config_space;
 mod error;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod helper;
 mod host_use;
 mod netlink;

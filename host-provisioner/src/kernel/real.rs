@@ -395,7 +395,7 @@ fn config_space(device: &Path) -> Result<Vec<u8>, KernelError> {
 }
 
 /// The word in brackets, the way sysfs shows a choice: `none [integrity] confidentiality`.
-fn chosen(text: &str) -> Option<String> {
+pub(super) fn chosen(text: &str) -> Option<String> {
     let (_, rest) = text.split_once('[')?;
     let (word, _) = rest.split_once(']')?;
     Some(word.to_owned())

@@ -10,6 +10,8 @@ use std::fmt;
 use super::{KernelError, MacAddr, VfConfig, VlanTag};
 
 pub use parse::changed_links;
+#[cfg(feature = "fuzzing")]
+pub use parse::{Answers, End, Fault, default_route, global_address, link, vf};
 pub use socket::RtNetlink;
 
 /// A network interface, as far as we care.
