@@ -12,7 +12,8 @@ use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
 use e2e::{
-    cache, deploy, exec, interrupt, lint, logs, machine, mutants, oci_runtime, progress, runner,
+    cache, deploy, exec, fuzz, interrupt, lint, logs, machine, mutants, oci_runtime, progress,
+    runner,
     scenarios::{self, Needs},
     tools,
 };
@@ -85,6 +86,17 @@ enum Verb {
         /// Words of patch names
         names: Vec<String>,
     },
+    /// Run the fuzzers of what is read from outside, from the kept inputs
+    Fuzz {
+        /// Targets, as in fuzz/corpus; all if none
+        targets: Vec<String>,
+        /// How long each target runs
+        #[arg(long, default_value_t = 1.0)]
+        minutes: f64,
+        /// Add a few inputs that reach something new to fuzz/corpus
+        #[arg(long)]
+        keep: bool,
+    },
 }
 
 impl Verb {
@@ -104,6 +116,7 @@ impl Verb {
             Self::Logs => "logs",
             Self::Lint => "lint",
             Self::Mutants { .. } => "mutants",
+            Self::Fuzz { .. } => "fuzz",
         }
     }
 }
@@ -261,6 +274,21 @@ async fn run(verb: Verb) -> Result<()> {
             let count = mutants::run(&ctx.paths, &names)?;
             runner::summary(count, ctx.paths.run_logs());
             anyhow::ensure!(count.failed == 0, "some breaks went unnoticed");
+            Ok(())
+        }
+        Verb::Fuzz {
+            targets,
+            minutes,
+            keep,
+        } => {
+            let wish = fuzz::Wish {
+                targets: &targets,
+                minutes,
+                keep,
+            };
+            let count = fuzz::run(&paths, &wish)?;
+            runner::summary(count, paths.run_logs());
+            anyhow::ensure!(count.failed == 0, "the fuzzers found something");
             Ok(())
         }
     }

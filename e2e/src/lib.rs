@@ -12,6 +12,7 @@ pub mod deploy;
 pub mod docker;
 pub mod exec;
 pub mod footprint;
+pub mod fuzz;
 pub mod interrupt;
 pub mod kubernetes_images;
 pub mod lint;
