@@ -8,7 +8,6 @@ use common::kube::finalizer;
 use host_provisioner::controller::plan::{Known, Plan, plan};
 use host_provisioner::controller::vmi::{Vmi, strip};
 use host_provisioner::kernel::MacAddr;
-use host_provisioner::node::pool::wanted_config;
 use kube::ResourceExt as _;
 use kube::api::DynamicObject;
 use serde::Deserialize;
@@ -184,11 +183,11 @@ fn decided(claim: &VFClaim, after: &VFClaim, known: &Known<'_>) {
         assert!(!mac.is_zero() && !mac.is_multicast(), "{mac}");
     }
     if asked.vlan.is_some() {
-        let config = wanted_config(network).expect("what is granted can be configured");
-        let tag = config.vlan.expect("a VLAN was asked for");
+        let vlan = network.vlan.as_ref().expect("a VLAN was asked for");
+        let qos = vlan.qos.unwrap_or(0);
         assert!(
-            (1..=4094).contains(&tag.id) && tag.qos <= 7,
-            "{tag} cannot be configured"
+            (1..=4094).contains(&vlan.id) && qos <= 7,
+            "{vlan:?} cannot be configured"
         );
     }
 }
