@@ -422,8 +422,11 @@ async fn closing_monitor(listener: UnixListener) {
                 break;
             };
             let asked: Value = serde_json::from_str(&line).unwrap();
-            let list = json!([{"name": "x", "type": "child<vfio-pci>"}]);
-            let answer = json!({"return": list, "id": asked["id"]});
+            let value = match asked["execute"].as_str() {
+                Some("qom-list") => json!([{"name": "x", "type": "child<vfio-pci>"}]),
+                _ => json!({}),
+            };
+            let answer = json!({"return": value, "id": asked["id"]});
             drop(write.write_all(format!("{answer}\n").as_bytes()).await);
         }
     }
