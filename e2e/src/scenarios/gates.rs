@@ -43,7 +43,7 @@ async fn programs(lab: &Lab<'_>, denied: &str) -> Result<String> {
 
 /// Puts programs in their place that know nothing of VFIO; their ids.
 async fn replace(lab: &Lab<'_>) -> Result<String> {
-    let script = "while read -r n d; do [[ $d == vfio ]] && echo $n; done </proc/devices";
+    let script = "while read -r n d; do if [[ $d == vfio ]]; then echo $n; fi; done </proc/devices";
     let groups = sh(&lab.l1, script).await?;
     programs(lab, &format!("10:196 '{groups}:*'")).await
 }
