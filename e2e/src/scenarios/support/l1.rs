@@ -223,8 +223,12 @@ pub(super) fn read_nodes(text: &str) -> Vec<String> {
 /// Those devices that the project plugged in.
 #[must_use]
 pub fn ours(mut devices: Vec<PciDevice>) -> Vec<PciDevice> {
-    devices.retain(|d| d.id.starts_with("vfc-"));
+    devices.retain(is_ours);
     devices
+}
+
+pub(super) fn is_ours(device: &PciDevice) -> bool {
+    device.id.starts_with("vfc-")
 }
 
 /// A PCI device in `query-pci`.

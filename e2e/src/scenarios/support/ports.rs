@@ -75,45 +75,49 @@ fn is_filler(device: &PciDevice) -> bool {
     device.id.starts_with(PREFIX)
 }
 
-/// Removes every filler; the guest takes part, so each is waited for.
+/// Removes every filler.
 pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
+    take_out(lab, "the fillers to leave", is_filler).await
+}
+
+/// Takes devices out of the VM; the guest takes part, so each is waited for.
+pub(super) async fn take_out(
+    lab: &Lab<'_>,
+    what: &str,
+    which: fn(&PciDevice) -> bool,
+) -> Result<()> {
     let every = Duration::from_secs(1);
     // The guest may miss a request while it still takes the device up: a slot's button
     // can be pressed again after some seconds (PCIe 6.7.1.5).
     let again = Duration::from_secs(10);
     let mut asked: Option<std::time::Instant> = None;
-    wait::until(
-        "the fillers to leave",
-        Duration::from_secs(120),
-        every,
-        || {
-            let due = asked.is_none_or(|t| t.elapsed() >= again);
-            if due {
-                asked = Some(std::time::Instant::now());
+    wait::until(what, Duration::from_secs(120), every, || {
+        let due = asked.is_none_or(|t| t.elapsed() >= again);
+        if due {
+            asked = Some(std::time::Instant::now());
+        }
+        async move {
+            let all = lab.qemu.pci().await?;
+            let left: Vec<&str> = all
+                .iter()
+                .filter(|d| which(d))
+                .map(|d| d.id.as_str())
+                .collect();
+            if left.is_empty() {
+                return Ok(Probe::Ready(()));
             }
-            async move {
-                let all = lab.qemu.pci().await?;
-                let left: Vec<&str> = all
-                    .iter()
-                    .filter(|d| is_filler(d))
-                    .map(|d| d.id.as_str())
-                    .collect();
-                if left.is_empty() {
-                    return Ok(Probe::Ready(()));
-                }
-                let mut state = format!("{left:?}");
-                if due {
-                    for id in &left {
-                        // "Already in the process of unplug" is no failure.
-                        if let Err(e) = lab.qemu.qmp("device_del", &json!({"id": id})).await {
-                            state = format!("{state}, {id}: {e:#}");
-                        }
+            let mut state = format!("{left:?}");
+            if due {
+                for id in &left {
+                    // "Already in the process of unplug" is no failure.
+                    if let Err(e) = lab.qemu.qmp("device_del", &json!({"id": id})).await {
+                        state = format!("{state}, {id}: {e:#}");
                     }
                 }
-                Ok(Probe::NotYet(state))
             }
-        },
-    )
+            Ok(Probe::NotYet(state))
+        }
+    })
     .await
 }
 
