@@ -155,6 +155,8 @@ async fn attached(lab: &Lab<'_>, part: Part) -> Result<()> {
         touched.is_empty(),
         "the successor touched the VF: {touched:?}"
     );
+    let counts = writes::num_vfs(&trace, &now, &lab.wired.address)?;
+    ensure!(counts.is_empty(), "sriov_numvfs was written: {counts:?}");
     lab.release(&claim).await?;
     l2::gone(&lab.l2, &before.guest_address).await
 }
