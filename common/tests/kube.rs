@@ -9,7 +9,7 @@
 )]
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::api::{ConditionStatus, GuestRef, NewCondition, VFClaim, VFClaimSpec, type_};
 use common::kube::client::ClientOptions;
@@ -20,6 +20,9 @@ use kube::api::{Api, DeleteParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::{Map, json};
 use test_apiserver::TestApiServer;
+
+mod wait;
+use wait::eventually;
 
 fn crds() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates")
@@ -35,19 +38,6 @@ async fn whoami(client: Client) -> Result<String, kube::Error> {
         .and_then(|s| s.user_info)
         .and_then(|u| u.username)
         .unwrap_or_default())
-}
-
-/// Tries `probe` until it holds, for half a minute.
-async fn eventually<F, Fut>(what: &str, mut probe: F)
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = bool>,
-{
-    let begun = Instant::now();
-    while !probe().await {
-        assert!(begun.elapsed() < Duration::from_secs(30), "never: {what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 /// A kubeconfig whose certificate and key are files beside it, as the

@@ -12,7 +12,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::kube::{LeaderConfig, LeaderError, is_conflict, run_as_leader};
+use common::kube::{LeaderConfig, LeaderError, run_as_leader};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
@@ -22,24 +22,15 @@ use kube::{Client, ResourceExt as _};
 use serde_json::json;
 use test_apiserver::TestApiServer;
 use test_apiserver::gate::{Gate, Hold};
+use test_apiserver::lease;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+mod wait;
+use wait::eventually;
+
 /// One at a time: what is tested is time, and a busy machine has little of it.
 static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
-/// Tries `probe` until it holds, for half a minute.
-async fn eventually<F, Fut>(what: &str, mut probe: F)
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = bool>,
-{
-    let begun = Instant::now();
-    while !probe().await {
-        assert!(begun.elapsed() < Duration::from_secs(30), "never: {what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
 
 fn candidate(name: &str) -> LeaderConfig {
     LeaderConfig {
@@ -99,18 +90,6 @@ async fn end_of(term: Ended) -> Result<Option<()>, LeaderError> {
     ended.expect("the term ends").unwrap()
 }
 
-/// Somebody else writes his name into the Lease.
-async fn steal(leases: &Api<Lease>) {
-    loop {
-        let mut lease = leases.get("test").await.unwrap();
-        lease.spec.as_mut().unwrap().holder_identity = Some("thief".to_owned());
-        match leases.replace("test", &PostParams::default(), &lease).await {
-            Ok(_) => return,
-            Err(e) => assert!(is_conflict(&e), "{e}"),
-        }
-    }
-}
-
 #[tokio::test]
 async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
     let _one = ONE.lock().await;
@@ -133,7 +112,7 @@ async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
     stop_one.cancel();
     assert!(matches!(end_of(one).await, Ok(Some(()))));
     story.has("two leads").await;
-    steal(&leases).await;
+    lease::steal(&leases, "test").await.unwrap();
     assert!(matches!(end_of(two).await, Err(LeaderError::Lost(_))));
     assert_eq!(
         story.told(),
@@ -197,7 +176,7 @@ async fn a_lost_lease_drops_the_write_in_flight_and_a_stop_finishes_it() {
     let (stop, one) = lead();
     gate.held(1).await.unwrap();
     let sent = gate.sent();
-    steal(&leases).await;
+    lease::steal(&leases, "test").await.unwrap();
     assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
     assert_eq!(gate.waiting(), [], "the request outlived the term");
     gate.hold(Hold::Nothing);

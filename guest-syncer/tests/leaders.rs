@@ -13,15 +13,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::api::{GUEST_FINALIZER, VFClaim, VFClaimStatus, condition, host_claim_name};
-use common::kube::{LeaderConfig, LeaderError, is_conflict, run_as_leader};
+use common::kube::{LeaderConfig, LeaderError, run_as_leader};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
-use kube::api::{Api, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
+use kube::api::{Api, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
 use serde_json::json;
 use test_apiserver::gate::{Gate, Hold, Write};
+use test_apiserver::lease;
 use tokio_util::sync::CancellationToken;
 
 mod world;
@@ -63,14 +64,7 @@ async fn a_lost_lease_ends_a_sync_where_it_is_and_a_stop_finishes_it() {
     gate.held(1).await.unwrap();
     let before = gate.sent();
     let leases: Api<Lease> = Api::namespaced(world.guest.admin(), "team");
-    loop {
-        let mut lease = leases.get("lost").await.unwrap();
-        lease.spec.as_mut().unwrap().holder_identity = Some("thief".to_owned());
-        match leases.replace("lost", &PostParams::default(), &lease).await {
-            Ok(_) => break,
-            Err(e) => assert!(is_conflict(&e), "{e}"),
-        }
-    }
+    lease::steal(&leases, "lost").await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(30), term).await;
     let ended = ended.expect("the term ends").unwrap();
     assert!(matches!(ended, Err(LeaderError::Lost(_))));

@@ -18,6 +18,7 @@
 
 pub mod gate;
 mod keeper;
+pub mod lease;
 mod pki;
 
 use std::path::{Path, PathBuf};
