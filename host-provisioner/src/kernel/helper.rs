@@ -11,11 +11,12 @@
 //! function has not come back, also when its predecessor made it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,8 +44,8 @@ pub struct Stuck {
 pub struct Helpers {
     folder: PathBuf,
     program: PathBuf,
-    /// Functions that are being written to, not yet for too long.
-    young: Arc<Mutex<BTreeSet<PciAddress>>>,
+    /// Cgroups in which something is under way, not yet for too long.
+    young: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Helpers {
@@ -58,7 +59,7 @@ impl Helpers {
         }
     }
 
-    fn young(&self) -> MutexGuard<'_, BTreeSet<PciAddress>> {
+    fn young(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.young.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -74,42 +75,14 @@ impl Helpers {
         text: &str,
         limit: Duration,
     ) -> Result<(), KernelError> {
-        let _young = Young::enter(self, function)?;
-        let cgroup = self.folder.join(function.to_string());
-        self.check(function)?;
-        fs::create_dir_all(&cgroup).map_err(|e| KernelError::file("make", &cgroup, e))?;
+        let args = [SUBCOMMAND.as_ref(), path.as_os_str(), text.as_ref()];
         let helper = |detail: String| KernelError::Helper { function, detail };
-        let mut child = Command::new(&self.program)
-            .arg(SUBCOMMAND)
-            .arg(path)
-            .arg(text)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // The container's log would stay open as long as the helper waits.
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| KernelError::file("start", &self.program, e))?;
-        // It writes when it is told to, and ends if nobody is left to tell it: what is not in
-        // its cgroup yet is known to nobody.
-        if let Err(error) = send(&mut child, &cgroup) {
-            reap(child);
-            return Err(error);
-        }
-        let said = match answer(&mut child, limit) {
-            Ok(Some(said)) => said,
-            Ok(None) => {
-                let stuck = Stuck { pid: child.id() };
-                reap(child);
-                return Err(KernelError::Stuck { function, stuck });
-            }
-            Err(error) => {
-                reap(child);
-                return Err(helper(format!("its answer: {error}")));
-            }
-        };
-        let status = child.wait().map_err(|e| helper(e.to_string()))?;
-        // Empty now; one that stays is found empty.
-        let _ = fs::remove_dir(&cgroup);
+        let ended = self.apart(&function.to_string(), &args, limit);
+        let (status, said) = ended.map_err(|error| match error {
+            Apart::Stuck(stuck) => KernelError::Stuck { function, stuck },
+            Apart::Helper(detail) => helper(detail),
+            Apart::Kernel(error) => error,
+        })?;
         match (status.success(), said.trim().parse::<i32>()) {
             (true, _) => Ok(()),
             (false, Ok(errno)) => Err(KernelError::file(
@@ -119,6 +92,53 @@ impl Helpers {
             )),
             (false, Err(_)) => Err(helper(format!("{status} {}", said.trim()))),
         }
+    }
+
+    /// Starts this program with `args` in the cgroup of that name, and waits so long for its
+    /// end: how it ended, and what it said.
+    pub(super) fn apart(
+        &self,
+        name: &str,
+        args: &[&OsStr],
+        limit: Duration,
+    ) -> Result<(ExitStatus, String), Apart> {
+        let _young = Young::enter(self, name)?;
+        let cgroup = self.folder.join(name);
+        if let Some(stuck) = occupant(&cgroup)? {
+            return Err(Apart::Stuck(stuck));
+        }
+        fs::create_dir_all(&cgroup).map_err(|e| KernelError::file("make", &cgroup, e))?;
+        let mut child = Command::new(&self.program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // The container's log would stay open as long as the helper waits.
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| KernelError::file("start", &self.program, e))?;
+        // It begins when it is told to, and ends if nobody is left to tell it: what is not in
+        // its cgroup yet is known to nobody.
+        if let Err(error) = send(&mut child, &cgroup) {
+            reap(child);
+            return Err(error.into());
+        }
+        let said = match answer(&mut child, limit) {
+            Ok(Some(said)) => said,
+            Ok(None) => {
+                let stuck = Stuck { pid: child.id() };
+                reap(child);
+                return Err(Apart::Stuck(stuck));
+            }
+            Err(error) => {
+                reap(child);
+                return Err(Apart::Helper(format!("its answer: {error}")));
+            }
+        };
+        let ended = child.wait();
+        let status = ended.map_err(|error| Apart::Helper(error.to_string()))?;
+        // Empty now; one that stays is found empty.
+        let _ = fs::remove_dir(&cgroup);
+        Ok((status, said))
     }
 
     /// An error when a write about `function` has not come back: what the kernel shows of it
@@ -141,7 +161,7 @@ impl Helpers {
             let Ok(function) = name.parse::<PciAddress>() else {
                 continue;
             };
-            if young.contains(&function) {
+            if young.contains(&name) {
                 continue;
             }
             if let Some(stuck) = occupant(&self.folder.join(&name))? {
@@ -152,28 +172,42 @@ impl Helpers {
     }
 }
 
-/// The mark of a function that is being written to; gone with its end, whatever that is.
+/// Why a helper did not come to its end.
+#[derive(Debug)]
+pub(super) enum Apart {
+    /// It, or an earlier one of its cgroup, has not come back from the kernel.
+    Stuck(Stuck),
+    /// What is wrong with the process itself.
+    Helper(String),
+    Kernel(KernelError),
+}
+
+impl From<KernelError> for Apart {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(error)
+    }
+}
+
+/// The mark of a cgroup in which something is under way; gone with its end, whatever that is.
 struct Young<'h> {
     helpers: &'h Helpers,
-    function: PciAddress,
+    name: String,
 }
 
 impl<'h> Young<'h> {
-    fn enter(helpers: &'h Helpers, function: PciAddress) -> Result<Self, KernelError> {
-        if helpers.young().insert(function) {
-            return Ok(Self { helpers, function });
+    fn enter(helpers: &'h Helpers, name: &str) -> Result<Self, Apart> {
+        let name = name.to_owned();
+        if helpers.young().insert(name.clone()) {
+            return Ok(Self { helpers, name });
         }
-        // The caller has the function's turn, so this does not happen; it must not be two.
-        Err(KernelError::Helper {
-            function,
-            detail: "another write to it is under way".to_owned(),
-        })
+        // The caller has the turn, so this does not happen; it must not be two.
+        Err(Apart::Helper("another one is under way".to_owned()))
     }
 }
 
 impl Drop for Young<'_> {
     fn drop(&mut self) {
-        self.helpers.young().remove(&self.function);
+        self.helpers.young().remove(&self.name);
     }
 }
 
@@ -257,7 +291,7 @@ fn answer(child: &mut Child, limit: Duration) -> io::Result<Option<String>> {
 /// # Errors
 /// Whatever failed; it was said.
 pub fn run(path: &Path, text: &str) -> Result<(), io::Error> {
-    io::stdin().read_exact(&mut [0; GO.len()])?;
+    wait_for_word()?;
     let write = || {
         let mut file = fs::OpenOptions::new().write(true).open(path)?;
         file.write_all(text.as_bytes())
@@ -270,4 +304,12 @@ pub fn run(path: &Path, text: &str) -> Result<(), io::Error> {
         // Whoever asked may be gone.
         let _ = io::stdout().write_all(words.as_bytes());
     })
+}
+
+/// A helper begins when it is told that it is in its cgroup.
+///
+/// # Errors
+/// Nobody is left to tell it.
+pub(super) fn wait_for_word() -> Result<(), io::Error> {
+    io::stdin().read_exact(&mut [0; GO.len()])
 }
