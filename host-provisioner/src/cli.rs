@@ -1,8 +1,9 @@
 //! The command line of `host-provisioner`. No work is done here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::kernel::helper;
+use crate::kernel::{helper, modules};
 use crate::node::NodeArgs;
 use clap::{Args, Parser, Subcommand};
 use common::cli::{HttpArgs, KubeArgs, LeaderElectionArgs, LogArgs, RetryArgs};
@@ -26,6 +27,21 @@ pub enum Command {
     /// The node agent's own: makes one write that may not come back.
     #[command(name = helper::SUBCOMMAND, hide = true)]
     KernelWrite(KernelWriteArgs),
+    /// The node agent's own: becomes a program of the host's kmod.
+    #[command(name = modules::SUBCOMMAND, hide = true)]
+    HostKmod(HostKmodArgs),
+}
+
+/// Arguments of the helper that runs kmod.
+#[derive(Args, Clone, Debug)]
+pub struct HostKmodArgs {
+    /// Root of the host's file system.
+    pub host: PathBuf,
+    /// The program: modprobe or modinfo.
+    pub program: String,
+    /// Its arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub arguments: Vec<OsString>,
 }
 
 /// Arguments of the helper.

@@ -11,19 +11,24 @@ use common::kube::{KubeClient, LeaderConfig, install_crypto, run_as_leader};
 use common::telemetry::{self, Health};
 use host_provisioner::cli::{Cli, Command, ControllerArgs};
 use host_provisioner::controller::{self, Settings};
-use host_provisioner::kernel::helper;
+use host_provisioner::kernel::{helper, modules};
 use host_provisioner::node;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Command::KernelWrite(args) = &cli.command {
-        // Nothing of the program is needed for it, and nothing is to hold it up.
-        return match helper::run(&args.path, &args.text) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        };
+    // Nothing of the program is needed for a helper, and nothing is to hold it up.
+    let helped = match &cli.command {
+        Command::KernelWrite(args) => Some(helper::run(&args.path, &args.text)),
+        Command::HostKmod(args) => Some(modules::run(&args.host, &args.program, &args.arguments)),
+        Command::Controller(_) | Command::Node(_) => None,
+    };
+    match helped {
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        // It was said.
+        Some(Err(_)) => return ExitCode::FAILURE,
+        None => {}
     }
     if let Err(error) = telemetry::init_logs(&cli.log) {
         eprintln!("host-provisioner: {error}");
@@ -49,7 +54,7 @@ fn start(command: Command) -> anyhow::Result<()> {
         match command {
             Command::Controller(args) => run_controller(args, stop).await,
             Command::Node(args) => Ok(node::run(args, stop).await?),
-            Command::KernelWrite(_) => bail!("a helper has no runtime"),
+            Command::KernelWrite(_) | Command::HostKmod(_) => bail!("a helper has no runtime"),
         }
     })
 }

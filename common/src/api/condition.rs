@@ -28,6 +28,7 @@ pub mod reason {
     pub const ALLOCATED: &str = "Allocated";
     pub const ATTACHED: &str = "Attached";
     pub const BROKEN: &str = "Broken";
+    pub const BUILT_IN: &str = "BuiltIn";
     pub const CLASS_NOT_ALLOWED: &str = "ClassNotAllowed";
     pub const CLASS_NOT_FOUND: &str = "ClassNotFound";
     pub const CONFLICT: &str = "Conflict";
@@ -41,9 +42,15 @@ pub mod reason {
     pub const IN_USE_BY_HOST: &str = "InUseByHost";
     pub const INSUFFICIENT_MEMORY: &str = "InsufficientMemory";
     pub const IP_CONTRADICTS: &str = "IPContradicts";
+    pub const LOADED: &str = "Loaded";
+    pub const LOAD_FAILED: &str = "LoadFailed";
     pub const LOST: &str = "Lost";
     pub const MAC_IN_USE: &str = "MACAddressInUse";
     pub const MASS_ORPHAN: &str = "MassOrphan";
+    pub const MODULE_IN_USE: &str = "ModuleInUse";
+    pub const MODULE_KEPT: &str = "ModuleKept";
+    pub const MODULE_NOT_FOUND: &str = "ModuleNotFound";
+    pub const MODULE_REFUSED: &str = "ModuleRefused";
     pub const NODE_NOT_FOUND: &str = "NodeNotFound";
     pub const NODE_WITHOUT_UUID: &str = "NodeWithoutSystemUUID";
     pub const NO_FREE_PORT: &str = "NoFreePCIePort";
@@ -55,6 +62,7 @@ pub mod reason {
     pub const NOT_MANAGED: &str = "NotManaged";
     pub const NOT_PRESENT: &str = "NotPresent";
     pub const OVERRIDE_NOT_ALLOWED: &str = "OverrideNotAllowed";
+    pub const PARAMETER_UNKNOWN: &str = "ParameterUnknown";
     pub const PENDING: &str = "Pending";
     pub const PREPARED: &str = "Prepared";
     pub const PREREQUISITES_MISSING: &str = "PrerequisitesMissing";

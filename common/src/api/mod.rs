@@ -6,6 +6,7 @@
 
 mod condition;
 mod guest_cluster;
+mod host_driver;
 mod network;
 mod physical_function;
 mod schema;
@@ -17,12 +18,13 @@ pub use condition::{ConditionStatus, NewCondition, condition, reason, set_condit
 pub use guest_cluster::{
     ClaimQuota, ClassSummary, GuestCluster, GuestClusterSpec, GuestClusterStatus,
 };
+pub use host_driver::{HostDriver, HostDriverSpec, HostDriverStatus, NodeCounts};
 pub use network::{ClassNetwork, GrantedNetwork, NetworkField, NetworkRequest, Vlan};
 pub use physical_function::{
     ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCounts, VfState,
     VfStatus,
 };
-pub use sriov_node::{IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
+pub use sriov_node::{DriverStatus, IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{
     Admitted, AttachmentStatus, DeviceStatus, GuestDevice, GuestRef, Launcher, Transport, VFClaim,
     VFClaimSpec, VFClaimStatus, VmRef,
@@ -69,6 +71,7 @@ pub fn crds()
     use kube::CustomResourceExt as _;
     vec![
         GuestCluster::crd(),
+        HostDriver::crd(),
         PhysicalFunction::crd(),
         SriovNode::crd(),
         VFClaim::crd(),

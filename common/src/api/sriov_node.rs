@@ -61,6 +61,11 @@ pub struct SriovNodeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 1024)))]
     pub missing: Vec<String>,
+    /// What became of the `HostDriver`s that this node is to have, in the order in which they
+    /// are loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub drivers: Vec<DriverStatus>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
@@ -75,4 +80,26 @@ pub struct IommuStatus {
     /// Number of IOMMU groups.
     #[serde(default)]
     pub groups: u32,
+}
+
+/// A `HostDriver` on one node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DriverStatus {
+    /// The `HostDriver`'s name.
+    #[schemars(length(max = 253))]
+    pub name: String,
+    #[schemars(length(max = 55))]
+    pub module: String,
+    /// The kernel has the module, with the parameters asked for.
+    #[serde(default)]
+    pub ready: bool,
+    /// A stable word: `Loaded`, `BuiltIn`, or why not.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    #[schemars(length(max = 1024))]
+    pub message: String,
+    /// Generation of the `HostDriver` that this is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
 }

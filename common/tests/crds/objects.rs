@@ -151,6 +151,42 @@ async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
 }
 
 #[tokio::test]
+async fn host_drivers_name_a_module_and_parameters_that_the_kernel_can_read() {
+    let server = server().await;
+    let api = api(server.admin(), "HostDriver", "hostdrivers", false);
+    let base = json!({"module": "mlx5-core", "parameters": {"prof_sel": "2"}});
+    let made = create(&api, "HostDriver", "card", &base).await;
+    assert_eq!(made.data["spec"]["order"], json!(0));
+    for (path, value, says) in [
+        ("module", json!(null), "Required value"),
+        ("module", json!(""), "at least 1 chars"),
+        ("module", json!("a".repeat(56)), "more than 55"),
+        ("module", json!("-r"), "should match"),
+        ("module", json!("../evil"), "should match"),
+        (
+            "parameters",
+            json!({"max vfs": "1"}),
+            "a parameter's name consists of",
+        ),
+        ("parameters", json!({"a": "1 b=2"}), "should match"),
+        ("parameters", json!({"a": "\""}), "should match"),
+        ("parameters", json!({"a": "x".repeat(257)}), "more than 256"),
+        ("order", json!(1001), "less than or equal to 1000"),
+        (
+            "nodeSelector",
+            json!({"zone": "x".repeat(64)}),
+            "more than 63",
+        ),
+    ] {
+        create_refused(&api, "HostDriver", with(&base, &[(path, value)]), says).await;
+    }
+    let other = Patch::Merge(json!({"spec": {"module": "igb"}}));
+    let done = api.patch("card", &PatchParams::default(), &other).await;
+    refused("another module", done, "module is immutable");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_field_that_this_host_does_not_know_is_refused_under_strict_validation() {
     let server = server().await;
     let api = claims(&server);

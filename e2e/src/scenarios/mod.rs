@@ -4,6 +4,7 @@
 //! error that says what was seen.
 
 mod clusters;
+mod drivers;
 mod gates;
 mod guests;
 mod holds;
@@ -104,6 +105,7 @@ pub fn all() -> Vec<Scenario> {
         gates::scenarios,
         guests::scenarios,
         holds::scenarios,
+        drivers::scenarios,
         hostile::scenarios,
         restarts::scenarios,
         several::scenarios,

@@ -10,6 +10,7 @@
 pub mod admit;
 mod caches;
 mod claims;
+pub mod drivers;
 pub mod guests;
 mod guests_apply;
 pub mod identity;

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::caches::{Caches, Guarded, Triggers};
 use super::metrics::ControllerMetrics;
 use super::quota::Ledger;
-use super::{claims, guests_apply};
+use super::{claims, drivers, guests_apply};
 
 /// Field manager of everything that the controller writes.
 pub const MANAGER: &str = "host-provisioner-controller";
@@ -169,6 +169,7 @@ pub async fn run(
         filled = caches.fill(&check) => filled.map_err(|_| ControllerError::Watch)?,
     }
     tracing::info!("caches are filled, working");
+    let counts = drivers::run(client.clone());
     let controller = Arc::new(Controller {
         events: Events::new(client.clone(), MANAGER, settings.instance.clone()),
         ledger: Ledger::default(),
@@ -214,6 +215,7 @@ pub async fn run(
     );
     tokio::select! {
         ((), ()) = async { tokio::join!(claim_work, cluster_work) } => {}
+        () = counts => return Err(ControllerError::Watch),
         // Watches go on for ever; one that ends would leave the caches stale.
         _ = watches.join_next() => return Err(ControllerError::Watch),
     }

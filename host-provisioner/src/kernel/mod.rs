@@ -15,6 +15,7 @@ pub mod fake;
 pub mod fuzzing;
 pub mod helper;
 mod host_use;
+pub mod modules;
 mod netlink;
 mod real;
 mod sysfs;

@@ -1,5 +1,6 @@
 //! The running kernel: sysfs below injected roots, and rtnetlink.
 
+mod modules;
 #[cfg(test)]
 mod tests;
 

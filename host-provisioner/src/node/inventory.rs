@@ -361,6 +361,7 @@ pub fn node_status(
         },
         lockdown: facts.lockdown.clone(),
         missing,
+        drivers: Vec::new(),
         conditions,
     }
 }

@@ -3,12 +3,15 @@
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
 //! through them; `vf`, `attach`, `release`, `qemu`, `left` and `gone` execute; `publish` reports;
-//! `hold` and `listen` tell which claims are to be looked at again.
+//! `hold` and `listen` tell which claims are to be looked at again; `drivers` loads the host's
+//! kernel modules.
 
 mod agent;
 mod allocate;
 mod attach;
+mod drivers;
 mod error;
+mod follow;
 mod gone;
 pub mod hold;
 pub mod inventory;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use common::api::{PhysicalFunction, VFClaim};
+use common::api::VFClaim;
 use common::cli::{HttpArgs, KubeArgs, RetryArgs};
 use common::kube::events::Events;
 use common::kube::{Backoff, ClientOptions, KubeClient, client::ClientError};
@@ -18,13 +18,15 @@ use futures::{StreamExt as _, stream};
 use kube::api::ListParams;
 use kube::runtime::controller::{self, Controller};
 use kube::runtime::reflector;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, Recent, SharedLedger, Turns};
+use super::drivers::{self, Drivers};
+use super::follow::follow;
 use super::listen::Listeners;
 use super::lock::{AgentLock, LockError};
 use super::sessions::Sessions;
@@ -95,7 +97,11 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
     let endpoint = telemetry::serve(&args.http, health.clone(), telemetry::metrics()).await?;
 
     let (woken, wakes) = mpsc::unbounded_channel();
-    let agent = Arc::new(build(&args, kube.client(), woken, &stop).await?);
+    let program = std::env::current_exe().map_err(NodeError::Program)?;
+    let helpers = Helpers::new(Path::new("/sys/fs/cgroup"), program);
+    let kernel = RealKernel::new(Roots::default()).with_helpers(helpers);
+    let modules = Arc::new(kernel.clone());
+    let agent = Arc::new(build(&args, kube.client(), kernel, woken, &stop).await?);
     fill_ledger(&agent).await?;
     recover_gates(&agent).await?;
     ready.pass();
@@ -103,10 +109,14 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
 
     let publisher = tokio::spawn(publish::run(Arc::clone(&agent), stop.clone()));
     let holder = tokio::spawn(hold::run(Arc::clone(&agent), stop.clone()));
+    let record = args.state_dir.join("modules.json");
+    let drivers = Drivers::new(Arc::clone(&agent), modules, record, stop.clone());
+    let drivers = tokio::spawn(drivers::run(drivers, stop.clone()));
     claims(&agent, &args, wakes, stop).await;
     let thread = |e: tokio::task::JoinError| NodeError::Thread(e.to_string());
     publisher.await.map_err(thread)?;
     holder.await.map_err(thread)?;
+    drivers.await.map_err(thread)?;
     drop(endpoint);
     Ok(())
 }
@@ -114,16 +124,19 @@ pub async fn run(args: NodeArgs, stop: CancellationToken) -> Result<(), NodeErro
 async fn build(
     args: &NodeArgs,
     client: Client,
+    kernel: RealKernel,
     woken: mpsc::UnboundedSender<reflector::ObjectRef<VFClaim>>,
     stop: &CancellationToken,
 ) -> Result<Agent, NodeError> {
-    let program = std::env::current_exe().map_err(NodeError::Program)?;
-    let helpers = Helpers::new(Path::new("/sys/fs/cgroup"), program);
-    let kernel = RealKernel::new(Roots::default()).with_helpers(helpers);
     let kernel: Arc<dyn Kernel> = Arc::new(kernel);
     let boot_id = publish::boot_id(&kernel).await?;
     let (pool_changed, _) = watch::channel(());
-    let functions = watch_functions(&client, args, pool_changed.clone(), stop.clone()).await?;
+    let mine = watcher::Config::default().fields(&format!("spec.nodeName={}", args.node_name));
+    let functions = follow(&client, mine, pool_changed.clone(), stop.clone());
+    functions
+        .wait_until_ready()
+        .await
+        .map_err(|_| NodeError::NoFunctions)?;
     let gates = HostGates::new(GatePaths {
         journal: args.state_dir.join("journal"),
         ..GatePaths::default()
@@ -157,64 +170,6 @@ async fn build(
         functions,
         ledger: SharedLedger::default(),
     })
-}
-
-/// Follows this node's `PhysicalFunction`s; a change wakes whoever waits for the pool.
-async fn watch_functions(
-    client: &Client,
-    args: &NodeArgs,
-    changed: watch::Sender<()>,
-    stop: CancellationToken,
-) -> Result<reflector::Store<PhysicalFunction>, NodeError> {
-    let api: Api<PhysicalFunction> = Api::all(client.clone());
-    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", args.node_name));
-    let (store, writer) = reflector::store();
-    let stream = watcher(api, config)
-        .default_backoff()
-        .reflect(writer)
-        .touched_objects();
-    let known = store.clone();
-    tokio::spawn(async move {
-        let generations = stream.take_until(stop.cancelled_owned());
-        futures::pin_mut!(generations);
-        let mut specs = Specs::default();
-        while let Some(seen) = generations.next().await {
-            match seen {
-                Ok(pf) => {
-                    // The store has taken the event in: what it lacks was deleted.
-                    let there = known.get(&reflector::ObjectRef::from_obj(&pf)).is_some();
-                    let generation = there.then_some(pf.metadata.generation).flatten();
-                    if specs.changed(pf.metadata.name.unwrap_or_default(), generation) {
-                        changed.send_replace(());
-                    }
-                }
-                Err(error) => tracing::warn!(%error, "the watch of PhysicalFunctions was cut"),
-            }
-        }
-    });
-    store
-        .wait_until_ready()
-        .await
-        .map_err(|_| NodeError::NoFunctions)?;
-    Ok(store)
-}
-
-/// The generation of each object's spec that was seen last.
-#[derive(Default)]
-struct Specs(std::collections::HashMap<String, i64>);
-
-impl Specs {
-    /// Whether an object is new, has another spec than when it was seen last, or is gone
-    /// (`None`). Our own reports change the status alone and wake nobody.
-    fn changed(&mut self, name: String, generation: Option<i64>) -> bool {
-        match generation {
-            Some(now) => self.0.insert(name, now) != Some(now),
-            None => {
-                self.0.remove(&name);
-                true
-            }
-        }
-    }
 }
 
 /// Enters every claim of this node from a consistent LIST.
@@ -295,22 +250,4 @@ fn changes_of(changed: watch::Receiver<()>) -> impl futures::Stream<Item = ()> {
     stream::unfold(changed, |mut changed| async move {
         changed.changed().await.ok().map(|()| ((), changed))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_spec_is_news_once_and_a_deletion_is_news() {
-        let mut specs = Specs::default();
-        let mut changed = |generation| specs.changed("pf".into(), generation);
-        assert!(changed(Some(1)), "it is new");
-        assert!(!changed(Some(1)), "our own report");
-        assert!(changed(Some(2)), "an administrator's word");
-        assert!(changed(None), "somebody deleted it");
-        // Made anew by us, with the generation that it had when it was new before.
-        assert!(changed(Some(1)));
-        assert!(!changed(Some(1)));
-    }
 }

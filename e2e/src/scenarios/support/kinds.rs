@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use common::api::{PhysicalFunction, VFClass};
+use common::api::{HostDriver, PhysicalFunction, VFClass};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
@@ -169,6 +169,9 @@ pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
         .delete_collection(&now, &marked)
         .await?;
     vms(&lab.host, OTHER)
+        .delete_collection(&now, &marked)
+        .await?;
+    Api::<HostDriver>::all(lab.host.clone())
         .delete_collection(&now, &marked)
         .await?;
     Api::<Node>::all(lab.guest.clone())

@@ -1,6 +1,7 @@
 //! The real kernel's code over a folder that answers writes as sysfs does.
 
 mod emulated;
+mod modules;
 mod network;
 
 use std::time::Duration;

@@ -131,6 +131,36 @@ impl Emulated {
         }
     }
 
+    /// Puts a file below `/sys`.
+    pub fn file(&self, path: &str, text: &str) {
+        make(&self.sys().join(path), text);
+    }
+
+    /// The module is loaded, and its driver of the same name has the PF.
+    pub fn loaded(&self, module: &str) {
+        let folder = self.sys().join("module").join(module);
+        let driver = self.sys().join("bus/pci/drivers").join(module);
+        make(&folder.join("initstate"), "live\n");
+        make(&folder.join("refcnt"), "0\n");
+        make(&driver.join("bind"), "");
+        link(&folder, &driver.join("module"));
+        link(
+            &driver,
+            &folder.join("drivers").join(format!("pci:{module}")),
+        );
+        link(&self.device(PF.parse().unwrap()), &driver.join(PF));
+    }
+
+    pub fn take_up(&self) {
+        self.manners.lock().unwrap().up = true;
+    }
+
+    /// The PF is no network card.
+    pub fn without_interface(&self) {
+        let net = self.device(PF.parse().unwrap()).join("net");
+        fs::remove_dir_all(net).unwrap();
+    }
+
     fn sys(&self) -> PathBuf {
         self.folder.path().join("sys")
     }

@@ -1,0 +1,215 @@
+//! Kernel modules on the hosts: what `HostDriver`s make of L1's kernel, and what they leave alone.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use common::api::{DriverStatus, HostDriver, HostDriverSpec, SriovNode, condition, reason, type_};
+use futures::FutureExt;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use serde_json::json;
+
+use super::support::far::sh;
+use super::support::lab::MARK;
+use super::support::site::L1_NODE;
+use super::support::{Lab, Wish, watch, writes};
+use super::{Scenario, scenario};
+use crate::wait::Probe;
+
+/// An agent looks at once; kmod on an emulated machine takes seconds.
+const DONE: Duration = Duration::from_secs(90);
+/// The module of the scenario: L1 has no NVMe device, so nothing loads or uses it.
+const MODULE: &str = "nvme";
+const PARAMETER: &str = "io_queue_depth";
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![scenario!(
+        "host-driver",
+        "a HostDriver has its module loaded with what that needs, and loaded anew for other parameters while nothing uses it; igb, with a guest's VF, is left alone, and so is what a deleted HostDriver had loaded",
+        host_driver
+    )]
+}
+
+async fn host_driver(lab: &Lab<'_>) -> Result<()> {
+    // Also what an earlier run left.
+    unload(lab).await?;
+    let result = modules(lab).await;
+    let unloaded = unload(lab).await;
+    result.and(unloaded)
+}
+
+async fn unload(lab: &Lab<'_>) -> Result<()> {
+    let script = format!("[[ ! -e /sys/module/{MODULE} ]] || modprobe -r {MODULE}");
+    sh(&lab.l1, &script).await.map(drop)
+}
+
+async fn modules(lab: &Lab<'_>) -> Result<()> {
+    let wishes: Api<HostDriver> = Api::all(lab.host.clone());
+    make(&wishes, "e2e-storage", MODULE, &[(PARAMETER, "64")]).await?;
+    let line = line_of(lab, "e2e-storage", 1).await?;
+    ensure!(line.ready && line.reason == reason::LOADED, "{line:?}");
+    ensure!(
+        kernel_has(lab).await? == "live 64",
+        "the kernel has {}",
+        kernel_has(lab).await?
+    );
+    // What it needs came with it.
+    sh(&lab.l1, "grep -q live /sys/module/nvme_core/initstate").await?;
+    counted(&wishes, "e2e-storage", 1).await?;
+
+    let with = Patch::Merge(json!({"spec": {"parameters": {PARAMETER: "128"}}}));
+    wishes
+        .patch("e2e-storage", &PatchParams::default(), &with)
+        .await?;
+    let line = line_of(lab, "e2e-storage", 2).await?;
+    ensure!(line.ready, "{line:?}");
+    ensure!(
+        kernel_has(lab).await? == "live 128",
+        "the kernel has {}",
+        kernel_has(lab).await?
+    );
+
+    refused(lab, &wishes).await?;
+    in_use(lab, &wishes).await?;
+
+    wishes
+        .delete("e2e-storage", &DeleteParams::default())
+        .await?;
+    let api: Api<SriovNode> = Api::all(lab.host.clone());
+    watch::until(
+        &api,
+        L1_NODE,
+        "the node to say nothing of it",
+        DONE,
+        |node| {
+            let lines = node
+                .and_then(|n| n.status.clone())
+                .unwrap_or_default()
+                .drivers;
+            Ok(if lines.iter().any(|l| l.name == "e2e-storage") {
+                Probe::NotYet(format!("{lines:?}"))
+            } else {
+                Probe::Ready(())
+            })
+        },
+    )
+    .await?;
+    ensure!(
+        kernel_has(lab).await? == "live 128",
+        "a deleted wish unloaded it"
+    );
+    Ok(())
+}
+
+/// What cannot be loaded ends in words, and nothing is loaded for it.
+async fn refused(lab: &Lab<'_>, wishes: &Api<HostDriver>) -> Result<()> {
+    make(wishes, "e2e-absent", "no_such_module", &[]).await?;
+    make(wishes, "e2e-strange", "ixgbe", &[("max_vsf", "4")]).await?;
+    let kernel = sh(&lab.l1, "uname -r").await?;
+    let absent = line_of(lab, "e2e-absent", 1).await?;
+    ensure!(
+        absent.reason == reason::MODULE_NOT_FOUND && absent.message.contains(&kernel),
+        "{absent:?}"
+    );
+    let strange = line_of(lab, "e2e-strange", 1).await?;
+    ensure!(
+        strange.reason == reason::PARAMETER_UNKNOWN && strange.message.contains("max_vsf"),
+        "{strange:?}"
+    );
+    sh(&lab.l1, "[[ ! -e /sys/module/ixgbe ]]").await?;
+    counted(wishes, "e2e-absent", 0).await?;
+    for name in ["e2e-absent", "e2e-strange"] {
+        wishes.delete(name, &DeleteParams::default()).await?;
+    }
+    Ok(())
+}
+
+/// The driver of a PF whose VF a guest has is not taken away for a parameter.
+async fn in_use(lab: &Lab<'_>, wishes: &Api<HostDriver>) -> Result<()> {
+    let (claim, given) = lab.attach(&Wish::new("drives")).await?;
+    let before = lab.trace().await?;
+    make(wishes, "e2e-card", "igb", &[("debug", "1")]).await?;
+    let line = line_of(lab, "e2e-card", 1).await?;
+    ensure!(
+        !line.ready
+            && line.reason == reason::MODULE_IN_USE
+            && line.message.contains(&lab.wired.address),
+        "{line:?}"
+    );
+    let after = lab.trace().await?;
+    let touched = writes::between(&before, &after)?;
+    ensure!(
+        touched.is_empty(),
+        "igb's devices were touched: {touched:?}"
+    );
+    let still = lab.ready(&claim).await?;
+    ensure!(
+        still.vf == given.vf && still.guest_address == given.guest_address,
+        "{given:?} became {still:?}"
+    );
+    wishes.delete("e2e-card", &DeleteParams::default()).await?;
+    lab.release(&claim).await
+}
+
+async fn make(
+    wishes: &Api<HostDriver>,
+    name: &str,
+    module: &str,
+    parameters: &[(&str, &str)],
+) -> Result<()> {
+    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    let spec = HostDriverSpec {
+        module: module.to_owned(),
+        parameters: parameters.iter().map(owned).collect(),
+        ..HostDriverSpec::default()
+    };
+    let mut wish = HostDriver::new(name, spec);
+    wish.metadata.labels = Some([(MARK.to_owned(), "yes".to_owned())].into());
+    wishes.create(&PostParams::default(), &wish).await?;
+    Ok(())
+}
+
+/// What L1's agent says of a HostDriver of that generation.
+async fn line_of(lab: &Lab<'_>, name: &str, generation: i64) -> Result<DriverStatus> {
+    let api: Api<SriovNode> = Api::all(lab.host.clone());
+    let what = format!("L1's agent to say something of {name}");
+    watch::until(&api, L1_NODE, &what, DONE, |node| {
+        let lines = node
+            .and_then(|n| n.status.clone())
+            .unwrap_or_default()
+            .drivers;
+        let mut mine = lines.iter().filter(|l| l.name == name);
+        let found = mine.find(|l| l.observed_generation == Some(generation));
+        Ok(match found {
+            Some(line) => Probe::Ready(line.clone()),
+            None => Probe::NotYet(format!("{lines:?}")),
+        })
+    })
+    .await
+}
+
+/// The controller's count: one node is to have it, and `loaded` have.
+async fn counted(wishes: &Api<HostDriver>, name: &str, loaded: u32) -> Result<()> {
+    let what = format!("{name} to be counted");
+    watch::until(wishes, name, &what, DONE, |wish| {
+        let status = wish.and_then(|w| w.status.clone()).unwrap_or_default();
+        let ready = condition(&status.conditions, type_::READY).map(|c| c.status == "True");
+        let right = (status.nodes.selected, status.nodes.loaded) == (1, loaded)
+            && ready == Some(loaded == 1);
+        Ok(if right {
+            Probe::Ready(())
+        } else {
+            Probe::NotYet(format!("{status:?}"))
+        })
+    })
+    .await
+}
+
+/// The module's state and parameter in L1's kernel.
+async fn kernel_has(lab: &Lab<'_>) -> Result<String> {
+    let script =
+        format!("cd /sys/module/{MODULE} && echo $(<initstate) $(<parameters/{PARAMETER})");
+    sh(&lab.l1, &script)
+        .await
+        .context("the module is not loaded")
+}
