@@ -2,11 +2,12 @@
 //! them as the programs do, and panics when something that is promised does not hold.
 //!
 //! Nothing here ships. `cargo e2e fuzz` runs the targets under libFuzzer; `tests/corpus.rs`
-//! replays the kept inputs (`corpus/TARGET/`) in every `cargo test`.
+//! replays the kept inputs (`corpus/TARGET/`) in every `cargo test`, and then changed ones.
 // A panic is how a target says that it has found something.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod json;
+pub mod short;
 mod targets;
 
 use std::path::{Path, PathBuf};

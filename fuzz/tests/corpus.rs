@@ -1,4 +1,8 @@
-//! The kept inputs, run as any test: what a fuzzer once found stays found.
+//! The kept inputs, run as any test: what a fuzzer once found stays found. Then a short run with
+//! changed ones.
+
+/// Changed inputs for each target: some seconds for all of them.
+const INPUTS: usize = 2000;
 
 /// One test a target, so that a failure names it.
 macro_rules! replayed {
@@ -8,6 +12,7 @@ macro_rules! replayed {
             let target = fuzz::find(stringify!($name)).unwrap();
             let count = fuzz::replay(target, &fuzz::corpus().join(target.name)).unwrap();
             assert!(count > 0, "no inputs are kept");
+            fuzz::short::run(target, INPUTS).unwrap();
         }
     )*
 
