@@ -220,7 +220,7 @@ async fn run(verb: Verb) -> Result<()> {
             let most = if no_machines {
                 Needs::Clusters
             } else {
-                Needs::Machines
+                Needs::BareMachines
             };
             let wish = test::Wish {
                 names: &names,
@@ -347,7 +347,7 @@ async fn made(ctx: &Ctx) -> Result<DataCentre> {
 /// As much of the data centre as is needed, unless it fails or the user interrupts.
 async fn made_for(ctx: &Ctx, needs: Needs) -> Result<DataCentre> {
     match needs {
-        Needs::Machines => made(ctx).await,
+        Needs::Machines | Needs::BareMachines => made(ctx).await,
         Needs::Clusters => tokio::select! {
             r = DataCentre::clusters(ctx.clone()) => r,
             stop = interrupt::wait() => Err(stop.into()),

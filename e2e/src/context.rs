@@ -13,13 +13,28 @@ use crate::{deploy, machine, node_image, progress};
 pub struct Ctx {
     pub paths: Paths,
     pub tools: Tools,
+    /// L1 is booted with one PF whose driver does not load by itself.
+    pub bare: bool,
 }
 
 impl Ctx {
     /// Builds the programs that are missing.
     pub fn prepare(paths: Paths) -> Result<Self> {
         let tools = tools::ensure(&paths)?;
-        Ok(Self { paths, tools })
+        Ok(Self {
+            paths,
+            tools,
+            bare: false,
+        })
+    }
+
+    /// The same for a data centre whose L1 comes up without its PF's driver.
+    #[must_use]
+    pub fn bare(&self) -> Self {
+        Self {
+            bare: true,
+            ..self.clone()
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::machine::{self, Pulse};
 use e2e::paths::Paths;
@@ -40,7 +40,17 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
         count = count.and(runner::unit(&ctx.paths)?);
     }
     let was_running = context::runs(&ctx)?;
-    let result = hardware(&ctx, &wanted).await;
+    let (bare, wanted): (Vec<_>, Vec<_>) = wanted
+        .into_iter()
+        .partition(|s| s.needs == Needs::BareMachines);
+    ensure!(
+        bare.is_empty() || !was_running,
+        "{} needs a boot of its own: end the data centre that runs (cargo e2e down), or name other scenarios",
+        bare.first().map_or("", |s| s.name)
+    );
+    let result = both(&ctx, &wanted, &bare).await;
+    // One that lacks what other scenarios need is not kept.
+    let keep = keep && bare.is_empty();
     // What ran before stays; of its own an interrupted run leaves nothing.
     let stopped = interrupt::requested();
     if !was_running && (stopped || !keep) {
@@ -57,6 +67,21 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
         std::process::exit(1);
     }
     Ok(())
+}
+
+/// Runs the scenarios, then those that need a boot of their own.
+async fn both(ctx: &Ctx, wanted: &[Scenario], bare: &[Scenario]) -> Result<Count> {
+    let mut count = Count::default();
+    if !wanted.is_empty() {
+        count = hardware(ctx, wanted).await?;
+    }
+    if !bare.is_empty() {
+        if context::runs(ctx)? {
+            context::down(ctx)?;
+        }
+        count = count.and(hardware(&ctx.bare(), bare).await?);
+    }
+    Ok(count)
 }
 
 /// How often a run sets its machines up anew after the emulator lost them.
@@ -124,7 +149,7 @@ async fn set_up(ctx: &Ctx, wanted: &[Scenario]) -> Result<(DataCentre, Option<Pu
     let needs = needs.unwrap_or(Needs::Clusters);
     let dc = super::made_for(ctx, needs).await?;
     let pulse = match needs {
-        Needs::Machines => Some(Pulse::take(&dc).await?),
+        Needs::Machines | Needs::BareMachines => Some(Pulse::take(&dc).await?),
         Needs::Clusters => None,
     };
     Ok((dc, pulse))

@@ -208,6 +208,7 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
         gateway: docker::GATEWAY,
         hosts: &hosts,
         memory_mib: MEMORY_MIB,
+        bare: dc.ctx.bare,
     };
     // QEMU's modules lie beside its libraries, not where the program expects them.
     let modules = image.root.join("usr/lib/x86_64-linux-gnu/qemu");

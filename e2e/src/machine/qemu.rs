@@ -33,6 +33,8 @@ pub(super) struct Spec<'a> {
     /// `NAME=IP` pairs for /etc/hosts.
     pub(super) hosts: &'a [(String, String)],
     pub(super) memory_mib: u32,
+    /// One PF whose driver does not load by itself, and none for the node's own traffic.
+    pub(super) bare: bool,
 }
 
 /// What every emulated kernel is told.
@@ -62,8 +64,13 @@ const SHARED_PORT: u8 = 3;
 pub(super) fn kernel_args(s: &Spec<'_>) -> String {
     let hosts: Vec<String> = s.hosts.iter().map(|(n, ip)| format!("{n}={ip}")).collect();
     // KVM's polling for a wake-up would take the core from what is to wake it.
+    let bare = if s.bare {
+        " modprobe.blacklist=igb"
+    } else {
+        ""
+    };
     format!(
-        "{KERNEL_ARGS} modules_load={NODE_MODULES},vfio-pci,kvm-amd kvm.halt_poll_ns=0 \
+        "{KERNEL_ARGS}{bare} modules_load={NODE_MODULES},vfio-pci,kvm-amd kvm.halt_poll_ns=0 \
          intel_iommu=on iommu=pt pci=disable_acs_redir=0000:00:{SHARED_PORT:02x}.0 \
          harness.role=l1 systemd.hostname={} systemd.machine_id={} \
          harness.net={NODE_MAC},{},{} harness.hosts={}",
@@ -130,12 +137,17 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
         "-netdev",
         &format!("tap,id=node,ifname={},script=no,downscript=no", s.tap),
     );
-    arg("-device", &igb("rp1", "node", NODE_MAC));
-    arg("-netdev", "hubport,id=shared,hubid=1");
-    arg("-device", &igb("rp2", "shared", SHARED_GROUP_MAC));
-    // On no wire.
-    arg("-netdev", "hubport,id=second,hubid=2");
-    arg("-device", &igb("rp4", "second", SECOND_MAC));
+    if s.bare {
+        let plain = format!("virtio-net-pci,bus=rp1,netdev=node,mac={NODE_MAC},romfile=");
+        arg("-device", &plain);
+    } else {
+        arg("-device", &igb("rp1", "node", NODE_MAC));
+        arg("-netdev", "hubport,id=shared,hubid=1");
+        arg("-device", &igb("rp2", "shared", SHARED_GROUP_MAC));
+        // On no wire.
+        arg("-netdev", "hubport,id=second,hubid=2");
+        arg("-device", &igb("rp4", "second", SECOND_MAC));
+    }
     arg("-device", "virtio-serial-pci,id=vs,max_ports=16");
     for n in 0..PORTS {
         arg(
@@ -208,6 +220,7 @@ mod tests {
             gateway: "10.0.0.1",
             hosts: &hosts,
             memory_mib: 7168,
+            bare: false,
         };
         let c = command(&image, &spec);
         let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
@@ -222,5 +235,13 @@ mod tests {
             k.contains("harness.hosts=a=1.2.3.4") && k.contains("no_timer_check"),
             "{k}"
         );
+        assert!(!k.contains("blacklist"), "{k}");
+
+        let bare = Spec { bare: true, ..spec };
+        let c = command(&image, &bare);
+        let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
+        assert_eq!(igbs.len(), 1, "{igbs:?}");
+        let k = kernel_args(&bare);
+        assert!(k.contains(" modprobe.blacklist=igb "), "{k}");
     }
 }

@@ -3,17 +3,23 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use common::api::{DriverStatus, HostDriver, HostDriverSpec, SriovNode, condition, reason, type_};
+use common::api::{
+    DriverStatus, HostDriver, HostDriverSpec, PhysicalFunction, SriovNode, condition, reason, type_,
+};
 use futures::FutureExt;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use super::support::far::sh;
+use super::support::kinds;
+use super::support::l2;
 use super::support::lab::MARK;
-use super::support::site::L1_NODE;
-use super::support::{Lab, Wish, watch, writes};
-use super::{Scenario, scenario};
+use super::support::site::{L1_NODE, PEER};
+use super::support::{Lab, Wish, watch, wire, writes};
+use super::{Needs, Scenario, When, release, scenario, traffic};
+use crate::context::DataCentre;
+use crate::machine;
 use crate::wait::Probe;
 
 /// An agent looks at once; kmod on an emulated machine takes seconds.
@@ -23,11 +29,78 @@ const MODULE: &str = "nvme";
 const PARAMETER: &str = "io_queue_depth";
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    vec![scenario!(
-        "host-driver",
-        "a HostDriver has its module loaded with what that needs, and loaded anew for other parameters while nothing uses it; igb, with a guest's VF, is left alone, and so is what a deleted HostDriver had loaded",
-        host_driver
-    )]
+    vec![
+        scenario!(
+            "host-driver",
+            "a HostDriver has its module loaded with what that needs, and loaded anew for other parameters while nothing uses it; igb, with a guest's VF, is left alone, and so is what a deleted HostDriver had loaded",
+            host_driver
+        ),
+        Scenario {
+            needs: Needs::BareMachines,
+            when: When::Long,
+            name: "step2-driver-installed",
+            shows: "L1 comes up without igb: a HostDriver brings it, the PF gets its interface, and a claim goes all the way",
+            run: |dc| step2(dc).boxed(),
+        },
+    ]
+}
+
+/// The proposal's test plan from its second step on, in a boot of its own.
+async fn step2(dc: &DataCentre) -> Result<()> {
+    let l1 = machine::find(dc)?.l1().clone();
+    sh(&l1, "[[ ! -e /sys/module/igb ]]")
+        .await
+        .context("igb is there without having been asked for")?;
+    let function = "for d in /sys/bus/pci/devices/*; do [[ -e $d/sriov_totalvfs && ! -e $d/driver ]] && echo ${d##*/}; done; true";
+    let address = sh(&l1, function).await?;
+    let host = dc.host.client();
+    let object = kinds::physical_function(&host, &address).await?;
+    let functions: Api<PhysicalFunction> = Api::all(host.clone());
+    let bare = functions.get(&object).await?;
+    let status = bare.status.unwrap_or_default();
+    let why = condition(&status.conditions, type_::READY).map(|c| c.reason.clone());
+    ensure!(
+        status.driver.is_none() && why.as_deref() == Some(reason::UNSUPPORTED_DRIVER),
+        "without a driver it says {why:?}: {status:?}"
+    );
+
+    let wishes: Api<HostDriver> = Api::all(host.clone());
+    make(&wishes, "e2e-card", "igb", &[]).await?;
+    // The very object: an administrator's consent is for this piece of hardware.
+    let what = "the same PhysicalFunction to have its driver and interface";
+    watch::until(&functions, &object, what, DONE, |pf| {
+        let status = pf.and_then(|p| p.status.clone()).unwrap_or_default();
+        let done = status.driver.as_deref() == Some("igb") && status.interface_name.is_some();
+        Ok(if done {
+            Probe::Ready(())
+        } else {
+            Probe::NotYet(format!("{:?} {:?}", status.driver, status.interface_name))
+        })
+    })
+    .await?;
+    sh(&l1, "[[ $(</sys/module/igb/initstate) == live ]]").await?;
+    counted(&wishes, "e2e-card", 1).await?;
+
+    let lab = Lab::open_bare(dc).await?;
+    ensure!(
+        lab.wired.object == object && lab.wired.address == address,
+        "the PF is another object now: {:?}",
+        lab.wired
+    );
+    let wish = Wish::new("first").mac("02:5f:00:00:02:01").vlan(200);
+    let (claim, had) = lab.attach(&wish).await?;
+    let seen = l2::bound(&lab.l2, &had.guest_address).await?;
+    ensure!(
+        seen.mac.as_deref() == Some("02:5f:00:00:02:01"),
+        "the guest has {seen:?}"
+    );
+    lab.switch.reset().await?;
+    let net = traffic::net(&lab, &had, 0).await?;
+    net.ping(&lab.l2, PEER, 3, Duration::from_secs(30)).await?;
+    wire::only(&lab, &[("02:5f:00:00:02:01", Some(200))]).await?;
+    net.close(&lab.l2).await?;
+    lab.release(&claim).await?;
+    release::free_and_clean(&lab, &had.vf, had.vf_index).await
 }
 
 async fn host_driver(lab: &Lab<'_>) -> Result<()> {

@@ -38,6 +38,8 @@ pub enum Needs {
     Clusters,
     /// L1, its VM and the deployed charts as well.
     Machines,
+    /// The same in a boot of its own, without the driver of L1's one PF.
+    BareMachines,
 }
 
 /// When a scenario runs that nobody has named.
@@ -153,7 +155,7 @@ mod tests {
         let all = all();
         let names: HashSet<&str> = all.iter().map(|s| s.name).collect();
         assert_eq!(names.len(), all.len());
-        let every = matching(&[], Needs::Machines, true).unwrap();
+        let every = matching(&[], Needs::BareMachines, true).unwrap();
         let named = all.iter().filter(|s| s.when == When::Named).count();
         assert!(named > 0 && every.len() + named == all.len());
         let ordinary = matching(&[], Needs::Machines, false).unwrap();

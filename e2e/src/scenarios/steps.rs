@@ -1,5 +1,5 @@
 //! The steps of the proposal's test plan, each proven where it happens. (Step 2, the
-//! driver install, comes with the VF's life.)
+//! driver's installation, needs a boot of its own and is among the drivers.)
 
 use anyhow::{Context, Result, ensure};
 use common::api::{PhysicalFunction, SriovNode, type_};

@@ -105,6 +105,12 @@ pub trait Modules: Send + Sync + 'static {
     /// There is no such file for the running kernel.
     fn parameters(&self, name: &ModuleName) -> Result<BTreeSet<String>, KmodError>;
 
+    /// Whether the module is part of the running kernel; kmod is content with loading one.
+    ///
+    /// # Errors
+    /// There is no such module.
+    fn built_in(&self, name: &ModuleName) -> Result<bool, KmodError>;
+
     /// Loads the module, and what it depends on before.
     ///
     /// # Errors

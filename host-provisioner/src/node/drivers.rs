@@ -142,7 +142,9 @@ impl Drivers {
                 Due::Reload => self.reload(wanted).await?,
             };
             if let Some(word) = failed {
-                tracing::warn!(module = %wanted.module, reason = word.reason, "{}", word.message);
+                if !word.ready {
+                    tracing::warn!(module = %wanted.module, reason = word.reason, "{}", word.message);
+                }
                 let entry = (generation, Instant::now(), word.clone());
                 self.failed.insert(wanted.module.clone(), entry);
                 return Ok(word);
@@ -198,13 +200,14 @@ impl Drivers {
         let facts = self.look(&module).await?;
         self.agent.tell_pool_changed();
         if facts.state == ModuleState::Absent {
-            // kmod is content with a module that is part of the kernel.
-            let message = format!("{module} is part of this node's kernel");
-            return Ok(Some(Word {
-                ready: true,
-                reason: reason::BUILT_IN,
-                message,
-            }));
+            // kmod is content with a module that is part of the kernel, and with doing something
+            // else in its place.
+            return Ok(Some(
+                match self.kmod(move |kmod| kmod.built_in(&module)).await? {
+                    Ok(built_in) => plan::nothing_loaded(wanted, built_in),
+                    Err(error) => self.failure(wanted, &error).await?,
+                },
+            ));
         }
         let shown = facts.parameters;
         let kept = self.record.keep(module, Loaded { given, shown });

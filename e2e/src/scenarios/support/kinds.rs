@@ -16,7 +16,7 @@ use crate::deploy::names::{CLASS, DEFAULT_CLASS, GUEST_CLUSTER, SYSTEM, TENANT_N
 use crate::wait::{self, Probe};
 
 /// The name of the object for the PF at `address`; waits for the agent's first report.
-pub(super) async fn physical_function(host: &Client, address: &str) -> Result<String> {
+pub async fn physical_function(host: &Client, address: &str) -> Result<String> {
     let api: Api<PhysicalFunction> = Api::all(host.clone());
     let limit = Duration::from_secs(60);
     let what = format!("a PhysicalFunction of {address}");

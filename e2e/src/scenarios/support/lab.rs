@@ -81,15 +81,34 @@ pub async fn run(dc: &DataCentre, body: Body) -> Result<()> {
 impl<'a> Lab<'a> {
     /// Finds every part; the managed PF is managed from here on.
     pub async fn open(dc: &'a DataCentre) -> Result<Self> {
-        let (host, guest) = (dc.host.client(), dc.guest.client());
-        let machine = machine::find(dc)?;
-        let l1 = machine.l1().clone();
-        let l2 = Self::vm(&machine).await?;
+        let (host, l1) = (dc.host.client(), machine::find(dc)?.l1().clone());
         let pfs = Pfs {
             host: &host,
             l1: &l1,
         };
-        let [wired, uplink, shared, second] = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
+        let all = FOUND.get_or_try_init(|| pfs.all()).await?.clone();
+        Self::with(dc, all).await
+    }
+
+    /// Where L1 has one PF alone, whose driver was not there when it booted.
+    pub async fn open_bare(dc: &'a DataCentre) -> Result<Self> {
+        let (host, l1) = (dc.host.client(), machine::find(dc)?.l1().clone());
+        let pfs = Pfs {
+            host: &host,
+            l1: &l1,
+        };
+        let [wired, ..] = site::PF_MACS;
+        let one = pfs.by_mac(wired).await?;
+        // Nothing of such a scenario is about the others.
+        Self::with(dc, [one.clone(), one.clone(), one.clone(), one]).await
+    }
+
+    async fn with(dc: &'a DataCentre, pfs: [Pf; 4]) -> Result<Self> {
+        let (host, guest) = (dc.host.client(), dc.guest.client());
+        let machine = machine::find(dc)?;
+        let l1 = machine.l1().clone();
+        let l2 = Self::vm(&machine).await?;
+        let [wired, uplink, shared, second] = pfs;
         let qemu = l1::Qemu::of(&l2, site::L2_DOMAIN);
         let switch = machine.switch();
         let lab = Self {

@@ -18,6 +18,10 @@ struct State {
     files: BTreeMap<String, BTreeMap<String, String>>,
     loaded: BTreeMap<String, ModuleFacts>,
     refusals: BTreeMap<String, String>,
+    /// Part of the kernel, without a folder in sysfs.
+    built_in: BTreeSet<String>,
+    /// Loading it does nothing, as the host's `modprobe.d` says.
+    void: BTreeSet<String>,
     /// What was done, in order.
     done: Vec<String>,
 }
@@ -48,6 +52,18 @@ impl FakeModules {
         };
     }
 
+    /// The module is part of the kernel and shows nothing of itself.
+    pub fn build_in(&self, name: &str) {
+        self.file(name, &[]);
+        self.lock().built_in.insert(name.to_owned());
+    }
+
+    /// The host's `modprobe.d` has something else done in its place.
+    pub fn replace_by_nothing(&self, name: &str) {
+        self.file(name, &[]);
+        self.lock().void.insert(name.to_owned());
+    }
+
     /// What was done, in order: `load igb max_vfs=7`, `unload igb`.
     #[must_use]
     pub fn done(&self) -> Vec<String> {
@@ -75,6 +91,10 @@ impl Modules for FakeModules {
         }
     }
 
+    fn built_in(&self, name: &ModuleName) -> Result<bool, KmodError> {
+        Ok(self.lock().built_in.contains(name.as_str()))
+    }
+
     fn load(
         &self,
         name: &ModuleName,
@@ -95,6 +115,9 @@ impl Modules for FakeModules {
             shown.insert(key.clone(), value.clone());
         }
         state.done.push(words);
+        if state.built_in.contains(name.as_str()) || state.void.contains(name.as_str()) {
+            return Ok(());
+        }
         // modprobe says nothing when the module is there, and changes nothing.
         let absent = || ModuleFacts {
             state: ModuleState::Live,

@@ -51,6 +51,11 @@ impl Modules for RealKernel {
         Ok(named(&self.kmod("modinfo", name, &args, LOOK)?))
     }
 
+    fn built_in(&self, name: &ModuleName) -> Result<bool, KmodError> {
+        let args = ["-F", "filename", name.as_str()].map(OsString::from);
+        Ok(self.kmod("modinfo", name, &args, LOOK)?.trim() == "(builtin)")
+    }
+
     fn load(
         &self,
         name: &ModuleName,

@@ -251,6 +251,26 @@ pub fn unknown(wanted: &Wanted, known: &std::collections::BTreeSet<String>) -> O
     })
 }
 
+/// What is told when kmod had nothing to say and the kernel shows no such module.
+#[must_use]
+pub fn nothing_loaded(wanted: &Wanted, built_in: bool) -> Word {
+    let module = &wanted.module;
+    if built_in {
+        return Word {
+            ready: true,
+            reason: reason::BUILT_IN,
+            message: format!("{module} is part of this node's kernel"),
+        };
+    }
+    Word {
+        ready: false,
+        reason: reason::LOAD_FAILED,
+        message: format!(
+            "modprobe {module} ended well and loaded nothing; look for an install line or an alias of it in the host's /etc/modprobe.d"
+        ),
+    }
+}
+
 /// What is told when kmod did not do it.
 #[must_use]
 pub fn failure(wanted: &Wanted, error: &KmodError, kernel: &str, lockdown: Option<&str>) -> Word {

@@ -379,6 +379,21 @@ async fn one_that_cannot_be_loaded_keeps_no_other_and_is_not_tried_at_every_look
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn kmods_content_is_not_taken_for_a_loaded_module() {
+    let mut world = World::new().await;
+    let (wishes, modules) = (world.wishes.clone(), world.modules.clone());
+    modules.build_in("vfio");
+    modules.replace_by_nothing("igb");
+    let post = PostParams::default();
+    for (name, module) in [("a", "vfio"), ("b", "igb")] {
+        let new = wish(name, module, &[]);
+        world.pass_after(wishes.create(&post, &new)).await;
+    }
+    let said = [line("a", true, "BuiltIn"), line("b", false, "LoadFailed")];
+    assert_eq!(world.lines().await, said);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_module_is_not_unloaded_while_vfs_are_made_on_its_card() {
     let mut world = World::new().await;
     let (wishes, modules) = (world.wishes.clone(), world.modules.clone());
