@@ -16,7 +16,7 @@ const CHANGES: usize = 6;
 
 thread_local! {
     // libFuzzer's mutator takes no state either.
-    static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(0));
+    static RANDOM: RefCell<Rng> = const { RefCell::new(Rng::with_seed(0)) };
 }
 
 /// Runs the target on so many changed inputs. One that it does not survive is written to a file
