@@ -38,6 +38,7 @@ pub mod reason {
     pub const GUEST_NOT_CONFIGURED: &str = "GuestNotConfigured";
     pub const GUEST_CLUSTER_NOT_FOUND: &str = "GuestClusterNotFound";
     pub const GUEST_IDENTITY_MISMATCH: &str = "GuestIdentityMismatch";
+    pub const HANDED_OVER: &str = "HandedOver";
     pub const HOST_UNREACHABLE: &str = "HostUnreachable";
     pub const IN_USE_BY_HOST: &str = "InUseByHost";
     pub const INSUFFICIENT_MEMORY: &str = "InsufficientMemory";

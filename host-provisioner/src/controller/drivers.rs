@@ -6,8 +6,8 @@ use std::time::Duration;
 use common::api::{
     ConditionStatus, HostDriver, NewCondition, NodeCounts, SriovNode, reason, type_,
 };
-use common::kube::is_conflict;
 use common::kube::status::{Report, report};
+use common::kube::{is_conflict, is_gone};
 use futures::StreamExt as _;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -144,10 +144,6 @@ async fn count(
         }
     }
     Ok(())
-}
-
-fn is_gone(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 /// A store, and what fills it.

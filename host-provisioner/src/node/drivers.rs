@@ -1,6 +1,7 @@
 //! Loads the kernel modules that this node is to have (`HostDriver`), and tells in its
 //! `SriovNode` what became of each. Executes; what is due is `plan`'s.
 
+mod others;
 pub mod plan;
 mod record;
 #[cfg(test)]
@@ -115,7 +116,8 @@ impl Drivers {
         let nodes: Api<Node> = Api::all(self.agent.client.clone());
         let node = nodes.get(&self.agent.node_name).await?;
         let labels = node.metadata.labels.unwrap_or_default();
-        let wanted = plan::wanted(wishes.iter().map(AsRef::as_ref), &labels);
+        let theirs = others::list(&self.agent.client).await?;
+        let wanted = plan::wanted(wishes.iter().map(AsRef::as_ref), &theirs, &labels);
         let mut lines = Vec::new();
         for one in &wanted {
             lines.push(plan::line(one, self.settle(one).await?));

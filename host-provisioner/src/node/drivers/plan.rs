@@ -6,6 +6,8 @@ use common::api::{DriverStatus, HostDriver, reason};
 use kube::ResourceExt as _;
 use serde::{Deserialize, Serialize};
 
+use super::others::Theirs;
+
 use crate::kernel::modules::{KmodError, ModuleFacts, ModuleName, ModuleState};
 
 /// A `HostDriver` of this node.
@@ -18,6 +20,8 @@ pub struct Wanted {
     pub parameters: BTreeMap<String, String>,
     /// Another `HostDriver` that is older has this module.
     pub conflict: Option<String>,
+    /// The kernel-module operator's object that has it on this node.
+    pub handed_over: Option<String>,
 }
 
 /// What the agent loaded a module with, and what the kernel showed right after. It is kept for
@@ -48,15 +52,17 @@ pub enum Due {
 #[must_use]
 pub fn wanted<'a>(
     drivers: impl IntoIterator<Item = &'a HostDriver>,
+    theirs: &[Theirs],
     labels: &BTreeMap<String, String>,
 ) -> Vec<Wanted> {
+    let selects = |selector: &BTreeMap<String, String>| {
+        let mut all = selector.iter();
+        all.all(|(key, value)| labels.get(key) == Some(value))
+    };
     let mut mine: Vec<&HostDriver> = drivers
         .into_iter()
         .filter(|driver| driver.metadata.deletion_timestamp.is_none())
-        .filter(|driver| {
-            let mut selector = driver.spec.node_selector.iter();
-            selector.all(|(key, value)| labels.get(key) == Some(value))
-        })
+        .filter(|driver| selects(&driver.spec.node_selector))
         .collect();
     // Who came first has a module, so that a second wish disturbs nobody.
     mine.sort_by_key(|driver| (driver.creation_timestamp(), driver.name_any()));
@@ -67,7 +73,10 @@ pub fn wanted<'a>(
             let module = ModuleName::new(&driver.spec.module);
             let name = driver.name_any();
             let owner = first.entry(module.clone()).or_insert_with(|| name.clone());
+            let mut rivals = theirs.iter();
+            let rival = rivals.find(|one| one.module == module && selects(&one.selector));
             let wanted = Wanted {
+                handed_over: rival.map(|one| one.name.clone()),
                 conflict: (*owner != name).then(|| owner.clone()),
                 generation: driver.metadata.generation,
                 module,
@@ -92,6 +101,22 @@ pub fn due(wanted: &Wanted, facts: &ModuleFacts, loaded: Option<&Loaded>) -> Due
                 wanted.module
             ),
         );
+    }
+    if let Some(rival) = &wanted.handed_over {
+        let there = matches!(facts.state, ModuleState::Live | ModuleState::BuiltIn);
+        let state = if there {
+            "is there"
+        } else {
+            "is not there yet"
+        };
+        return Due::Nothing(Word {
+            ready: there,
+            reason: reason::HANDED_OVER,
+            message: format!(
+                "Module {rival} of the kernel-module operator loads {} on this node, so nothing is done here; the module {state}",
+                wanted.module
+            ),
+        });
     }
     match facts.state {
         ModuleState::Absent => return Due::Load,

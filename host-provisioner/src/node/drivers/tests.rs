@@ -4,9 +4,12 @@ use std::collections::BTreeSet;
 
 use common::api::{HostDriverSpec, SriovNodeSpec};
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, PostParams};
+use kube::runtime::wait::await_condition;
+use kube::runtime::wait::conditions::is_crd_established;
 use proptest::prelude::*;
 use tokio_util::sync::DropGuard;
 
@@ -29,7 +32,7 @@ fn wish(name: &str, module: &str, parameters: &[(&str, &str)]) -> HostDriver {
 }
 
 fn wanted(parameters: &[(&str, &str)]) -> Wanted {
-    plan::wanted([&wish("d", "igb", parameters)], &BTreeMap::new()).remove(0)
+    plan::wanted([&wish("d", "igb", parameters)], &[], &BTreeMap::new()).remove(0)
 }
 
 fn live(parameters: &[(&str, &str)], users: &[&str]) -> ModuleFacts {
@@ -76,13 +79,38 @@ fn modules_are_loaded_in_order_and_each_has_one_owner() {
         elsewhere,
         going,
     ];
-    let found = plan::wanted(&all, &map(&[("zone", "a")]));
+    let found = plan::wanted(&all, &[], &map(&[("zone", "a")]));
     let names: Vec<&str> = found.iter().map(|w| w.name.as_str()).collect();
     assert_eq!(names, ["late", "a", "b", "early"]);
     assert_eq!(found[0].conflict.as_deref(), Some("early"));
     let due = plan::due(&found[0], &ModuleFacts::default(), None);
     assert_eq!(word(due).reason, reason::CONFLICT);
     assert!(found[1..].iter().all(|w| w.conflict.is_none()));
+}
+
+#[test]
+fn what_the_operator_loads_on_this_node_is_left_to_it() {
+    let theirs = |zone: &str| others::Theirs {
+        name: "kmm/card".into(),
+        module: ModuleName::new("igb"),
+        selector: map(&[("zone", zone)]),
+    };
+    let all = [wish("d", "igb", &[("debug", "1")])];
+    let labels = map(&[("zone", "a")]);
+    let elsewhere = plan::wanted(&all, &[theirs("b")], &labels).remove(0);
+    assert_eq!(
+        plan::due(&elsewhere, &ModuleFacts::default(), None),
+        Due::Load
+    );
+    let here = plan::wanted(&all, &[theirs("b"), theirs("a")], &labels).remove(0);
+    for (facts, ready) in [
+        (ModuleFacts::default(), false),
+        (live(&[("debug", "0")], &[]), true),
+    ] {
+        let said = word(plan::due(&here, &facts, None));
+        assert_eq!((said.ready, said.reason), (ready, reason::HANDED_OVER));
+        assert!(said.message.contains("kmm/card"), "{}", said.message);
+    }
 }
 
 #[test]
@@ -376,6 +404,46 @@ async fn one_that_cannot_be_loaded_keeps_no_other_and_is_not_tried_at_every_look
     world.pass_after(wishes.patch("a", &params, &change)).await;
     assert_eq!(modules.done(), ["load igb"]);
     assert_eq!(world.lines().await[3], line("a", true, "Loaded"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_that_an_operator_has_is_not_touched() {
+    let mut world = World::new().await;
+    let (wishes, modules) = (world.wishes.clone(), world.modules.clone());
+    modules.file("igb", &[]);
+    let client = world.stage.agent.client.clone();
+    let crd: CustomResourceDefinition = serde_json::from_value(json!({
+        "metadata": {"name": "modules.kmm.sigs.x-k8s.io"},
+        "spec": {
+            "group": "kmm.sigs.x-k8s.io",
+            "names": {"kind": "Module", "plural": "modules", "singular": "module"},
+            "scope": "Namespaced",
+            "versions": [{"name": "v1beta1", "served": true, "storage": true, "schema": {
+                "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+            }}],
+        },
+    }))
+    .unwrap();
+    let post = PostParams::default();
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    crds.create(&post, &crd).await.unwrap();
+    let established = await_condition(crds, "modules.kmm.sigs.x-k8s.io", is_crd_established());
+    established.await.unwrap();
+    let api: Api<DynamicObject> = Api::default_namespaced_with(client, &others::kind());
+    let mut theirs = DynamicObject::new("card", &others::kind());
+    theirs.data =
+        json!({"spec": {"moduleLoader": {"container": {"modprobe": {"moduleName": "igb"}}}}});
+    api.create(&post, &theirs).await.unwrap();
+
+    world
+        .pass_after(wishes.create(&post, &wish("a", "igb", &[])))
+        .await;
+    assert_eq!(world.lines().await, [line("a", false, "HandedOver")]);
+    assert_eq!(modules.done(), [""; 0]);
+    // Its operator goes: now it is ours to load.
+    api.delete("card", &DeleteParams::default()).await.unwrap();
+    world.drivers.pass().await.unwrap();
+    assert_eq!(world.lines().await, [line("a", true, "Loaded")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
