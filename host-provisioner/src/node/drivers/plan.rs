@@ -177,9 +177,6 @@ fn not(reason: &'static str, message: String) -> Due {
 fn differing(wanted: &Wanted, facts: &ModuleFacts, loaded: Option<&Loaded>) -> Vec<String> {
     // As we left it: what the module made of what it was given is its own affair.
     let ours = loaded.filter(|loaded| loaded.shown == facts.parameters);
-    if ours.is_some_and(|loaded| loaded.given == wanted.parameters) {
-        return Vec::new();
-    }
     let differs = |(name, want): (&String, &String)| {
         let given = ours.and_then(|loaded| loaded.given.get(name));
         let have = given.or_else(|| facts.parameters.get(name));
