@@ -1,11 +1,56 @@
 //! Network wishes, defaults and grants of an Ethernet VF.
 
+use std::fmt;
+
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// An 802.1Q tag that the PF inserts and strips; the guest does not see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// The Ethernet type of a VLAN tag.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VlanProtocol {
+    /// The customer tag, 0x8100.
+    #[default]
+    #[serde(rename = "802.1Q")]
+    Ieee8021Q,
+    /// The service tag, 0x88a8, outside of a tag that the guest puts on itself.
+    #[serde(rename = "802.1ad")]
+    Ieee8021Ad,
+}
+
+impl fmt::Display for VlanProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ieee8021Q => "802.1Q",
+            Self::Ieee8021Ad => "802.1ad",
+        })
+    }
+}
+
+/// The link that the PF shows to a VF.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LinkState {
+    /// As the PF's own link is.
+    #[default]
+    Auto,
+    /// Up, whatever the PF's is: VFs of one PF reach each other without a cable.
+    Enable,
+    /// Down: nothing is sent or received.
+    Disable,
+}
+
+impl fmt::Display for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "Auto",
+            Self::Enable => "Enable",
+            Self::Disable => "Disable",
+        })
+    }
+}
+
+/// A tag that the PF inserts and strips; the guest does not see it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Vlan {
     /// VLAN identifier, 1 to 4094.

@@ -124,9 +124,10 @@ fn vfs(mut bytes: Bytes<'_>) {
         attribute(&mut list, 1, &info);
         expected.push(VfConfig {
             mac: MacAddr(mac),
-            vlan: Some(VlanTag { id, qos }).filter(|tag| tag.id != 0 || tag.qos != 0),
+            vlan: Some(VlanTag::new(id, qos)).filter(|tag| tag.id != 0 || tag.qos != 0),
             spoof_check: on,
             trust: !on,
+            ..VfConfig::CLEAN
         });
     }
     let mut body = vec![0; 16];

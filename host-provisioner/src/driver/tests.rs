@@ -18,9 +18,10 @@ fn made() -> (FakeKernel, PfFacts, Vec<VfFacts>) {
 
 const WANT: VfConfig = VfConfig {
     mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),
-    vlan: Some(VlanTag { id: 100, qos: 0 }),
+    vlan: Some(VlanTag::new(100, 0)),
     spoof_check: true,
     trust: true,
+    ..VfConfig::CLEAN
 };
 
 #[test]
@@ -114,14 +115,14 @@ fn what_a_driver_does_not_have_is_refused_before_anything_is_written() {
         ),
         (
             VfConfig {
-                vlan: Some(VlanTag { id: 4095, qos: 0 }),
+                vlan: Some(VlanTag::new(4095, 0)),
                 ..WANT
             },
             "driver igb cannot set a VLAN outside 1 to 4094",
         ),
         (
             VfConfig {
-                vlan: Some(VlanTag { id: 1, qos: 8 }),
+                vlan: Some(VlanTag::new(1, 8)),
                 ..WANT
             },
             "driver igb cannot set a VLAN priority above 7",

@@ -2,21 +2,23 @@
 
 use std::io;
 
+use common::api::{LinkState, VlanProtocol as Ours};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage as Request;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{
-    LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoMac,
-    VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan,
+    LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState,
+    VfInfoMac, VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState, VfVlan,
+    VfVlanInfo, VlanProtocol,
 };
 use netlink_packet_route::route::RouteMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::parse::{self, Answers, End, Fault};
 use super::{Link, NetUse, Netlink, VfSetting};
-use crate::kernel::{KernelError, VfConfig};
+use crate::kernel::{KernelError, VfConfig, VlanTag};
 
 /// Speaks to the kernel of the network namespace that the process is in. A
 /// socket a request: they are cheap, and an answer left over from a request
@@ -177,7 +179,12 @@ impl Netlink for RtNetlink {
             .push(LinkAttribute::VfInfoList(vec![vf_info(index, setting)]));
         let (name, value) = (setting.name(), setting.value());
         let what = format!("set {name} of VF {index} of {interface} to {value}");
-        order(Request::SetLink(message), &what)
+        order(Request::SetLink(message), &what).map_err(|error| match error {
+            KernelError::Netlink { source, .. } => {
+                KernelError::setting(interface, index, setting, source)
+            }
+            other => other,
+        })
     }
 
     fn is_up(&self, interface: &str) -> Result<bool, KernelError> {
@@ -199,12 +206,31 @@ fn vf_info(index: u16, setting: VfSetting) -> LinkVfInfo {
     let vf = u32::from(index);
     LinkVfInfo(vec![match setting {
         VfSetting::Mac(mac) => VfInfo::Mac(VfInfoMac::new(vf, &mac.0)),
-        VfSetting::Vlan(tag) => VfInfo::Vlan(VfInfoVlan::new(
-            vf,
-            tag.map_or(0, |tag| u32::from(tag.id)),
-            tag.map_or(0, |tag| u32::from(tag.qos)),
-        )),
+        VfSetting::Vlan(tag) => vlan_info(vf, tag),
         VfSetting::SpoofCheck(on) => VfInfo::SpoofCheck(VfInfoSpoofCheck::new(vf, on)),
+        VfSetting::LinkState(state) => VfInfo::LinkState(VfInfoLinkState::new(
+            vf,
+            match state {
+                LinkState::Auto => VfLinkState::Auto,
+                LinkState::Enable => VfLinkState::Enable,
+                LinkState::Disable => VfLinkState::Disable,
+            },
+        )),
         VfSetting::Trust(on) => VfInfo::Trust(VfInfoTrust::new(vf, on)),
+        VfSetting::Rate(rate) => VfInfo::Rate(VfInfoRate::new(vf, rate.min, rate.max)),
     }])
+}
+
+/// `IFLA_VF_VLAN` says no protocol, which is 802.1Q, and every driver's kernel has it; the list
+/// is for the other one.
+fn vlan_info(vf: u32, tag: Option<VlanTag>) -> VfInfo {
+    let tag = tag.unwrap_or_default();
+    let (id, qos) = (u32::from(tag.id), u32::from(tag.qos));
+    match tag.protocol {
+        Ours::Ieee8021Q => VfInfo::Vlan(VfInfoVlan::new(vf, id, qos)),
+        Ours::Ieee8021Ad => {
+            let info = VfVlanInfo::new(vf, id, qos, VlanProtocol::Ieee8021Ad);
+            VfInfo::VlanList(vec![VfVlan::Info(info)])
+        }
+    }
 }

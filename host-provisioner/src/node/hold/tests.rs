@@ -10,9 +10,10 @@ use crate::node::test_stage::Stage;
 
 const GRANTED: VfConfig = VfConfig {
     mac: MacAddr([2, 0, 0, 0, 0, 1]),
-    vlan: Some(VlanTag { id: 100, qos: 0 }),
+    vlan: Some(VlanTag::new(100, 0)),
     spoof_check: true,
     trust: false,
+    ..VfConfig::CLEAN
 };
 
 fn entry(uid: &str, index: u16, attached: bool) -> Entry {

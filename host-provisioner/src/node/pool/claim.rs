@@ -134,11 +134,12 @@ impl Wish {
 pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
     Ok(VfConfig {
         mac: granted.mac_address.parse()?,
-        vlan: granted.vlan.as_ref().map(|vlan| VlanTag {
-            id: vlan.id,
-            qos: vlan.qos.unwrap_or(0),
-        }),
+        vlan: granted
+            .vlan
+            .as_ref()
+            .map(|vlan| VlanTag::new(vlan.id, vlan.qos.unwrap_or(0))),
         spoof_check: granted.spoof_check,
         trust: granted.trust,
+        ..VfConfig::CLEAN
     })
 }

@@ -411,7 +411,7 @@ fn granted_settings_become_the_kernels() {
     };
     let config = wanted_config(&granted).unwrap();
     assert_eq!(config.mac, mac(0xaa));
-    assert_eq!(config.vlan, Some(VlanTag { id: 100, qos: 0 }));
+    assert_eq!(config.vlan, Some(VlanTag::new(100, 0)));
     assert!(config.spoof_check && config.trust);
     let bad = GrantedNetwork {
         mac_address: "02:00:00:00:00".to_owned(),

@@ -26,9 +26,10 @@ fn filled() -> (FakeKernel, PfFacts, VfFacts) {
 fn wanted() -> VfConfig {
     VfConfig {
         mac: MAC,
-        vlan: Some(VlanTag { id: 100, qos: 0 }),
+        vlan: Some(VlanTag::new(100, 0)),
         spoof_check: true,
         trust: true,
+        ..VfConfig::CLEAN
     }
 }
 

@@ -328,6 +328,8 @@ impl Netlink for Emulated {
             VfSetting::SpoofCheck(on) => config.spoof_check = on,
             VfSetting::Trust(_) if ignore => {}
             VfSetting::Trust(on) => config.trust = on,
+            VfSetting::LinkState(state) => config.link_state = state,
+            VfSetting::Rate(rate) => config.rate = rate,
         }
         Ok(())
     }
