@@ -65,7 +65,7 @@ fn a_vf_is_made_configured_bound_held_cleaned_and_taken_away() {
     assert_eq!(error.errno(), Some(libc::EBUSY), "{error}");
 
     let vf = &vfs[1];
-    let clean = driver.capabilities().clean();
+    let clean = driver.capabilities(&facts).clean(vf.address);
     assert_eq!(kernel.vf_config(&facts, vf.index).unwrap(), clean);
     let want = VfConfig {
         mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),

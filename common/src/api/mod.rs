@@ -23,8 +23,8 @@ pub use network::{
     ClassNetwork, GrantedNetwork, LinkState, NetworkField, NetworkRequest, Vlan, VlanProtocol,
 };
 pub use physical_function::{
-    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCounts, VfState,
-    VfStatus,
+    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCapabilities,
+    VfCounts, VfState, VfStatus,
 };
 pub use sriov_node::{DriverStatus, IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{

@@ -53,7 +53,7 @@ pub fn clean(
     capabilities: &Capabilities,
 ) -> Result<(), DriverError> {
     let mut errors = Vec::new();
-    if let Err(error) = kernel.set_vf_config(pf, vf.index, &capabilities.clean()) {
+    if let Err(error) = kernel.set_vf_config(pf, vf.index, &capabilities.clean(vf.address)) {
         errors.push(error);
     }
     if let Err(error) = kernel.reset_function(vf.address) {

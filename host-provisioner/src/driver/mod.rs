@@ -4,6 +4,7 @@
 //! through [`Kernel`] alone. Nothing here assumes that VFs are made by a count
 //! in sysfs: a backend with [`Growth::OneByOne`] makes single VFs beside used ones.
 
+mod capabilities;
 mod generic;
 mod igb;
 #[cfg(test)]
@@ -13,84 +14,9 @@ use thiserror::Error;
 
 use crate::kernel::{Kernel, KernelError, PfFacts, VfConfig, VfFacts};
 
+pub use capabilities::{Capabilities, Growth, Unsupported, supports};
 pub use generic::{configure, create_by_count};
 pub use igb::Igb;
-
-/// How a backend's VFs come to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Growth {
-    /// All at once, from none: `sriov_numvfs` goes 0 -> N or N -> 0 only.
-    AllAtOnce,
-    /// Each by itself, beside VFs in use.
-    OneByOne,
-}
-
-/// What a backend can set. Planners refuse by it, before anything is touched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities {
-    /// The backend's name, for messages.
-    pub driver: &'static str,
-    pub growth: Growth,
-    pub vlan: bool,
-    pub spoof_check: bool,
-    pub trust: bool,
-    /// The driver takes the zero MAC, that is, "none given"; i40e does not.
-    pub zero_mac: bool,
-}
-
-impl Capabilities {
-    /// Whether every setting of `want` can be made.
-    ///
-    /// # Errors
-    /// [`Unsupported`] names the first setting that cannot.
-    pub fn supports(&self, want: &VfConfig) -> Result<(), Unsupported> {
-        let no = |setting: &'static str| {
-            Err(Unsupported {
-                driver: self.driver,
-                setting,
-            })
-        };
-        if want.mac.is_multicast() {
-            return no("a multicast MAC address");
-        }
-        if want.mac.is_zero() && !self.zero_mac {
-            return no("an empty MAC address");
-        }
-        if want.vlan.is_some() && !self.vlan {
-            return no("a VLAN");
-        }
-        if want.spoof_check && !self.spoof_check {
-            return no("the spoof check");
-        }
-        if want.trust && !self.trust {
-            return no("trust");
-        }
-        match want.vlan {
-            Some(tag) if !(1..=4094).contains(&tag.id) => no("a VLAN outside 1 to 4094"),
-            Some(tag) if tag.qos > 7 => no("a VLAN priority above 7"),
-            _ => Ok(()),
-        }
-    }
-
-    /// The settings of a VF that nobody holds, as near to [`VfConfig::CLEAN`]
-    /// as the driver has them. A backend without `zero_mac` has to choose an
-    /// address in its own teardown.
-    #[must_use]
-    pub fn clean(&self) -> VfConfig {
-        VfConfig {
-            spoof_check: self.spoof_check,
-            ..VfConfig::CLEAN
-        }
-    }
-}
-
-/// A setting that the PF's driver does not have.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("driver {driver} cannot set {setting}")]
-pub struct Unsupported {
-    pub driver: &'static str,
-    pub setting: &'static str,
-}
 
 /// Why a VF was not made or not made ready.
 #[derive(Debug, Error)]
@@ -122,7 +48,8 @@ pub trait VfDriver: Send + Sync + 'static {
         pf.driver.as_deref() == Some(self.name())
     }
 
-    fn capabilities(&self) -> Capabilities;
+    /// What it can do for this PF: one driver may stand for several chips.
+    fn capabilities(&self, pf: &PfFacts) -> Capabilities;
 
     /// Makes VFs so that at least `count` exist. The caller has planned it
     /// ([`crate::node::pool`]) and holds the PF's turn.

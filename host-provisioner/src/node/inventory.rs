@@ -109,6 +109,7 @@ pub fn function_status(
         iommu_group: facts.iommu_group,
         total_vfs: facts.total_vfs,
         num_vfs: facts.num_vfs,
+        capabilities: view.capabilities.map(|can| can.settings),
         counts: view.counts(),
         vfs: vfs(view),
         conditions,

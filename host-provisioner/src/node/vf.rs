@@ -115,7 +115,8 @@ pub fn look(
         Some(other) => Vf::OtherDriver(other.to_owned()),
     };
     let config = kernel.vf_config(pf, index)?;
-    let clean = state == Vf::Driverless && config == driver(pf)?.capabilities().clean();
+    let unheld = driver(pf)?.capabilities(pf).clean(vf.address);
+    let clean = state == Vf::Driverless && config == unheld;
     Ok(VfSeen {
         configured: config == *want,
         clean,

@@ -128,7 +128,7 @@ impl PfView {
         }
         vfs.sort_by_key(|vf| vf.index);
         Self {
-            capabilities: driver_for(&input.facts).map(|driver| driver.capabilities()),
+            capabilities: driver_for(&input.facts).map(|driver| driver.capabilities(&input.facts)),
             name: input.name,
             managed: input.managed,
             desired: input.desired,

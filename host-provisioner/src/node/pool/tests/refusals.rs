@@ -49,7 +49,7 @@ fn a_driver_without_a_backend_is_refused() {
 #[test]
 fn a_setting_that_the_driver_does_not_have_is_refused() {
     let mut view = PfView::new(input(PF1, 7));
-    view.capabilities.as_mut().unwrap().trust = false;
+    view.capabilities.as_mut().unwrap().settings.trust = false;
     let mut wish = wish("a");
     wish.config.trust = true;
     let error = choose(&[view], &wish).unwrap_err();
