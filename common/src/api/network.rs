@@ -60,10 +60,16 @@ pub struct Vlan {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 7))]
     pub qos: Option<u8>,
+    /// Ethernet type of the tag. Left out: 802.1Q.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<VlanProtocol>,
 }
 
 /// What a tenant asks of its VF. What is left out comes from the class.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.minTxRateMbps) || !has(self.maxTxRateMbps) || self.minTxRateMbps <= self.maxTxRateMbps").message("minTxRateMbps must not be above maxTxRateMbps")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct NetworkRequest {
     /// Unicast MAC address, colon-separated. Left out: one is derived from the
@@ -85,10 +91,24 @@ pub struct NetworkRequest {
     /// Let the guest change its MAC and go promiscuous.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trust: Option<bool>,
+    /// The link that the VF is shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_state: Option<LinkState>,
+    /// What the VF can count on sending, in Mbit/s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub min_tx_rate_mbps: Option<u32>,
+    /// What the VF cannot exceed in sending, in Mbit/s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_tx_rate_mbps: Option<u32>,
 }
 
 /// A class's network defaults.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.minTxRateMbps) || !has(self.maxTxRateMbps) || self.minTxRateMbps <= self.maxTxRateMbps").message("minTxRateMbps must not be above maxTxRateMbps")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct ClassNetwork {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -99,6 +119,17 @@ pub struct ClassNetwork {
     /// Let the guest change its MAC and go promiscuous. Default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trust: Option<bool>,
+    /// The link that the VF is shown. Default Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_state: Option<LinkState>,
+    /// What the VF can count on sending, in Mbit/s. Default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub min_tx_rate_mbps: Option<u32>,
+    /// What the VF cannot exceed in sending, in Mbit/s. Default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_tx_rate_mbps: Option<u32>,
 }
 
 /// A network setting that a class may let its claims choose.
@@ -108,6 +139,9 @@ pub enum NetworkField {
     Vlan,
     SpoofCheck,
     Trust,
+    LinkState,
+    MinTxRateMbps,
+    MaxTxRateMbps,
 }
 
 /// What the controller granted: every setting decided, nothing left to default.
@@ -121,4 +155,13 @@ pub struct GrantedNetwork {
     pub vlan: Option<Vlan>,
     pub spoof_check: bool,
     pub trust: bool,
+    /// A grant of an earlier version does not say it: Auto.
+    #[serde(default)]
+    pub link_state: LinkState,
+    /// Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_tx_rate_mbps: Option<u32>,
+    /// Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tx_rate_mbps: Option<u32>,
 }

@@ -5,7 +5,7 @@ use common::api::DeviceStatus;
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, Write, igb_pf};
-use crate::kernel::{MacAddr, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VlanTag};
 
 const MAC: MacAddr = MacAddr([2, 0x5f, 0, 0, 0, 1]);
 
@@ -225,4 +225,71 @@ fn a_driver_without_a_backend_is_named() {
     };
     let error = create(&kernel, &pf, 1).unwrap_err().to_string();
     assert!(error.contains("tg3"), "{error}");
+}
+
+/// What the link's new speed made igb forget is set again; what the new speed does not allow
+/// is refused in words.
+#[test]
+fn a_rate_that_the_link_forgot_is_set_again_as_far_as_it_goes() {
+    let (kernel, pf, _) = filled();
+    let limited = VfConfig {
+        rate: TxRate { min: 0, max: 100 },
+        ..wanted()
+    };
+    prepare(&kernel, &pf, &device(2), &limited).unwrap();
+    let up = kernel.physical_function(pf.address).unwrap();
+    assert_eq!(drift(&kernel, &up, 2, &limited).unwrap(), None);
+    kernel.give_link(pf.address, 100);
+    let forgotten = drift(&kernel, &up, 2, &limited).unwrap().unwrap();
+    assert_eq!(forgotten.settings, ["transmit rate"]);
+    repair(&kernel, &up, 2, &limited).unwrap();
+    assert_eq!(drift(&kernel, &up, 2, &limited).unwrap(), None);
+    kernel.give_link(pf.address, 10);
+    let refused = repair(&kernel, &up, 2, &limited).unwrap_err();
+    assert!(
+        refused.to_string().contains("up to the link's speed"),
+        "{refused}"
+    );
+}
+
+/// An edit of an attached claim reaches the VF as a repair does: what differs is written and
+/// nothing else, and its group is never touched.
+#[test]
+fn granted_anew_only_what_differs_is_written() {
+    let (kernel, pf, vf) = filled();
+    let before = VfConfig {
+        trust: false,
+        ..wanted()
+    };
+    prepare(&kernel, &pf, &device(2), &before).unwrap();
+    let _guest = kernel.hold_group(vf.iommu_group.unwrap()).unwrap();
+    let written = kernel.writes().len();
+    let after = VfConfig {
+        vlan: Some(VlanTag::new(200, 3)),
+        trust: true,
+        rate: TxRate { min: 0, max: 500 },
+        ..before
+    };
+    let up = kernel.physical_function(pf.address).unwrap();
+    assert_eq!(
+        drift(&kernel, &up, 2, &after).unwrap().unwrap().settings,
+        ["VLAN", "trust", "transmit rate"]
+    );
+    repair(&kernel, &up, 2, &after).unwrap();
+    let settings: Vec<String> = kernel.writes()[written..]
+        .iter()
+        .map(|write| match write {
+            Write::VfSetting { setting, value, .. } => format!("{setting} {value}"),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(
+        settings,
+        [
+            "VLAN 200 qos 3",
+            "trust on",
+            "transmit rate min none, max 500 Mbit/s"
+        ]
+    );
+    assert_eq!(kernel.violations(), Vec::<String>::new());
 }
