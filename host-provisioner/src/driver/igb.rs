@@ -14,9 +14,9 @@
 
 use common::api::VfCapabilities;
 
-use crate::kernel::{Kernel, PfFacts, VfConfig, VfFacts};
+use crate::kernel::PfFacts;
 
-use super::{Capabilities, DriverError, Growth, VfDriver, generic};
+use super::{Capabilities, Growth, VfDriver};
 
 /// Device ids of the 82576 in its forms (`E1000_DEV_ID_82576*` in e1000_hw.h). The other chip
 /// with VFs is the I350.
@@ -46,28 +46,5 @@ impl VfDriver for Igb {
                 ..VfCapabilities::default()
             },
         }
-    }
-
-    fn create(&self, kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), DriverError> {
-        generic::create_by_count(kernel, pf, count)?;
-        generic::link_up(kernel, pf)
-    }
-
-    fn remove_all(&self, kernel: &dyn Kernel, pf: &PfFacts) -> Result<(), DriverError> {
-        Ok(kernel.set_num_vfs(pf.address, 0)?)
-    }
-
-    fn setup(
-        &self,
-        kernel: &dyn Kernel,
-        pf: &PfFacts,
-        vf: &VfFacts,
-        want: &VfConfig,
-    ) -> Result<(), DriverError> {
-        generic::configure(kernel, pf, vf, want, &self.capabilities(pf))
-    }
-
-    fn teardown(&self, kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), DriverError> {
-        generic::clean(kernel, pf, vf, &self.capabilities(pf))
     }
 }

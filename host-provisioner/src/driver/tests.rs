@@ -1,5 +1,7 @@
 //! The backends over the fake kernel.
 
+mod backends;
+
 use common::api::VfCapabilities;
 use common::pci::PciId;
 

@@ -54,6 +54,7 @@ pub fn igb_pf(address: PciAddress) -> PfFacts {
         group_members: vec![address],
         in_use_by_host: None,
         up: false,
+        eswitch: None,
         identity: String::new(),
     };
     facts.identity = facts.identify();
@@ -105,10 +106,10 @@ impl FakeKernel {
         }
     }
 
-    /// ice: the card's package does 802.1ad; `mlx5_core`: the eswitch is in switchdev mode.
-    pub fn extend(&self, pf: PciAddress) {
+    /// ice: the card's package does 802.1ad.
+    pub fn double_vlan(&self, pf: PciAddress) {
         if let Some(pf) = self.lock().pfs.get_mut(&pf) {
-            pf.extended = true;
+            pf.double_vlan = true;
         }
     }
 

@@ -106,6 +106,15 @@ pub struct NodeFacts {
     pub vfio_container: bool,
 }
 
+/// How a card's eswitch forwards between its PF and VFs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eswitch {
+    /// By MAC and VLAN, as the PF's settings of the VFs say.
+    Legacy,
+    /// By rules for each VF's representor.
+    Switchdev,
+}
+
 /// One SR-IOV-capable function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PfFacts {
@@ -137,6 +146,8 @@ pub struct PfFacts {
     pub in_use_by_host: Option<String>,
     /// Its network interface is administratively up.
     pub up: bool,
+    /// Mode of its eswitch; absent where the driver has no choice of it.
+    pub eswitch: Option<Eswitch>,
     /// What tells this piece of hardware from every other, see [`PfFacts::identify`].
     pub identity: String,
 }

@@ -205,6 +205,9 @@ fn ready(view: &PfView) -> NewCondition {
             format!("its kernel driver is {driver}, for which there is no backend"),
         );
     }
+    if let Some(words) = view.unserviceable {
+        return no(reason::UNSUPPORTED_DRIVER, words.to_owned());
+    }
     if !view.managed {
         return no(
             reason::NOT_MANAGED,

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::hold::Drift;
 use super::plan::{Vf, VfSeen};
-use crate::driver::{DriverError, VfDriver, driver_for};
+use crate::driver::{DriverError, VfDriver, driver_for, settled};
 use crate::kernel::{
     GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
 };
@@ -206,7 +206,7 @@ pub fn prepare(
         }
     };
     // vfio-pci's probe may reset the function; what counts is what is there now.
-    let got = kernel.vf_config(pf, index)?;
+    let got = settled(|| kernel.vf_config(pf, index))?;
     drop(held);
     reach(Point::Bound);
     if got != *want {

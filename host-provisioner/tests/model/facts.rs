@@ -297,6 +297,7 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         name: PF.into(),
         facts: PfFacts {
             up: true,
+            eswitch: None,
             address: pf.parse().unwrap(),
             vendor: id("8086"),
             device: id("10c9"),

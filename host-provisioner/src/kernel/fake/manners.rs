@@ -4,7 +4,7 @@
 use common::api::{LinkState, VlanProtocol};
 
 use crate::kernel::netlink::VfSetting;
-use crate::kernel::{MacAddr, PfFacts, TxRate, VfConfig};
+use crate::kernel::{Eswitch, MacAddr, PfFacts, TxRate, VfConfig};
 
 /// What a driver goes by.
 #[derive(Clone, Copy, Debug)]
@@ -14,17 +14,20 @@ pub(super) struct Pf<'a> {
     pub device: u16,
     /// Speed of its link in Mbit/s; 0 while it has none.
     pub speed: u32,
-    /// ice: the card's package does 802.1ad; mlx5: the eswitch is in switchdev mode.
-    pub extended: bool,
+    /// ice: the card's package does 802.1ad.
+    pub double_vlan: bool,
+    /// The eswitch is in switchdev mode.
+    pub switchdev: bool,
 }
 
 impl<'a> Pf<'a> {
-    pub(super) fn of(facts: &'a PfFacts, speed: u32, extended: bool) -> Self {
+    pub(super) fn of(facts: &'a PfFacts, speed: u32, double_vlan: bool) -> Self {
         Self {
             driver: facts.driver.as_deref().unwrap_or_default(),
             device: facts.device.0,
             speed: if facts.up { speed } else { 0 },
-            extended,
+            double_vlan,
+            switchdev: facts.eswitch == Some(Eswitch::Switchdev),
         }
     }
 }
@@ -43,9 +46,9 @@ pub(super) fn set(pf: Pf<'_>, vf: &mut VfConfig, setting: VfSetting) -> Result<(
             }
             match (pf.driver, tag) {
                 // mlx5_eswitch_set_vport_vlan: taking one away is let pass.
-                ("mlx5_core", Some(_)) if pf.extended => return Err(libc::EOPNOTSUPP),
+                ("mlx5_core", Some(_)) if pf.switchdev => return Err(libc::EOPNOTSUPP),
                 // ice_is_supported_port_vlan_proto: in double VLAN mode.
-                ("ice", _) if pf.extended => {}
+                ("ice", _) if pf.double_vlan => {}
                 (_, Some(tag)) if tag.protocol == VlanProtocol::Ieee8021Ad => {
                     return Err(libc::EPROTONOSUPPORT);
                 }

@@ -59,8 +59,8 @@ pub(super) struct Pf {
     pub vfs: Vec<Vf>,
     /// Speed of its link in Mbit/s while it is up.
     pub speed: u32,
-    /// See [`manners::Pf::extended`].
-    pub extended: bool,
+    /// See [`manners::Pf::double_vlan`].
+    pub double_vlan: bool,
     /// So often a VF that was reset answers that it is not ready.
     pub slow_resets: u32,
 }
@@ -68,7 +68,7 @@ pub(super) struct Pf {
 impl Pf {
     /// What the driver goes by now.
     pub fn manners(&self) -> manners::Pf<'_> {
-        manners::Pf::of(&self.facts, self.speed, self.extended)
+        manners::Pf::of(&self.facts, self.speed, self.double_vlan)
     }
 }
 
@@ -114,7 +114,7 @@ impl State {
             },
             vfs: Vec::new(),
             speed: SPEED,
-            extended: false,
+            double_vlan: false,
             slow_resets: 0,
         };
         self.pfs.insert(address, pf);
@@ -197,7 +197,7 @@ impl State {
             return Err(refused(errno));
         }
         let known = self.pf(pf)?;
-        let manners = manners::Pf::of(&known.facts, known.speed, known.extended);
+        let manners = manners::Pf::of(&known.facts, known.speed, known.double_vlan);
         let vf = known.vfs.iter_mut().find(|vf| vf.facts.index == index);
         let vf = vf.ok_or_else(|| KernelError::NoSuchVf {
             interface: interface.to_owned(),

@@ -1,15 +1,17 @@
 //! What is asked of rtnetlink, behind a trait so that everything above it is
 //! tested without a card. `socket` speaks to the kernel, `parse` reads its
-//! answers and does no I/O.
+//! answers and does no I/O, `devlink` writes and reads what is not rtnetlink.
 
+mod devlink;
 mod parse;
 mod socket;
 
 use std::fmt;
 
 use common::api::LinkState;
+use common::pci::PciAddress;
 
-use super::{KernelError, MacAddr, TxRate, VfConfig, VlanTag};
+use super::{Eswitch, KernelError, MacAddr, TxRate, VfConfig, VlanTag};
 
 pub use parse::changed_links;
 #[cfg(feature = "fuzzing")]
@@ -121,4 +123,6 @@ pub trait Netlink: Send + Sync + fmt::Debug + 'static {
     fn set_vf(&self, interface: &str, index: u16, setting: VfSetting) -> Result<(), KernelError>;
     fn is_up(&self, interface: &str) -> Result<bool, KernelError>;
     fn set_up(&self, interface: &str) -> Result<(), KernelError>;
+    /// Mode of a PF's eswitch; `None` where its driver has no choice of it.
+    fn eswitch(&self, pf: PciAddress) -> Result<Option<Eswitch>, KernelError>;
 }

@@ -131,10 +131,10 @@ fn advance(length: u32) -> usize {
     length.max(1).next_multiple_of(4)
 }
 
-type Attribute<'a> = NlaBuffer<&'a [u8]>;
+pub(super) type Attribute<'a> = NlaBuffer<&'a [u8]>;
 
 /// The attributes behind a fixed header. A cut-off list is an error.
-fn attributes(body: &[u8], header: usize) -> Result<Vec<Attribute<'_>>, DecodeError> {
+pub(super) fn attributes(body: &[u8], header: usize) -> Result<Vec<Attribute<'_>>, DecodeError> {
     let rest = body
         .get(header..)
         .ok_or_else(|| DecodeError::buffer_too_small(body.len(), header))?;

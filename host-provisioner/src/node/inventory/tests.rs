@@ -4,7 +4,7 @@ use common::api::{ClaimRef, VfState, condition};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
-use crate::kernel::{Kernel as _, MacAddr};
+use crate::kernel::{Eswitch, Kernel as _, MacAddr};
 use crate::node::pool::{Holder, PfInput};
 
 fn now() -> Time {
@@ -165,7 +165,12 @@ fn readiness_gives_the_reason() {
         pool.facts.in_use_by_host = Some("default route via ens1f0".to_owned());
     };
     type Edit = fn(&mut PfInput);
-    let edits: [(Edit, &str, &str); 6] = [
+    let edits: [(Edit, &str, &str); 7] = [
+        (
+            |pool| pool.facts.eswitch = Some(Eswitch::Switchdev),
+            reason::UNSUPPORTED_DRIVER,
+            "mode legacy",
+        ),
         (
             |pool| pool.managed = false,
             reason::NOT_MANAGED,
