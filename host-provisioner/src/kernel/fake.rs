@@ -316,7 +316,16 @@ impl Kernel for FakeKernel {
         let mut state = self.lock();
         state.due_failure("vf_config", "netlink")?;
         let interface = interface(pf)?;
-        Ok(state.vf_by_index(pf.address, interface, index)?.config)
+        let vf = state.vf_by_index(pf.address, interface, index)?;
+        if vf.resetting > 0 {
+            // Its driver does not answer for it (rtnl_fill_vfinfo in net/core/rtnetlink.c).
+            vf.resetting -= 1;
+            return Err(KernelError::NoSuchVf {
+                interface: interface.to_owned(),
+                index,
+            });
+        }
+        Ok(vf.config)
     }
 
     fn set_vf_config(&self, pf: &PfFacts, index: u16, want: &VfConfig) -> Result<(), KernelError> {

@@ -183,7 +183,7 @@ fn serving(kernel: &dyn Kernel, pf: &PfFacts, entries: &[Entry]) -> Result<Servi
         if pf.interface.is_none() {
             break;
         }
-        let config = kernel.vf_config(pf, vf.index)?;
+        let config = vf::settings(kernel, pf, vf.index)?;
         vfs.insert(vf.index, (vf.driver, config));
     }
     Ok(Serving { up: pf.up, vfs })

@@ -252,6 +252,32 @@ fn a_rate_that_the_link_forgot_is_set_again_as_far_as_it_goes() {
     );
 }
 
+/// What a guest does to its VF of an ice or i40e, or a change of ours, must not make its claim
+/// look disturbed.
+#[test]
+fn a_vf_that_is_being_reset_is_read_when_it_is_back() {
+    let (_, igb) = stage();
+    let pf = PfFacts {
+        driver: Some("ice".to_owned()),
+        ..igb
+    };
+    let kernel = FakeKernel::new([pf.clone()]);
+    create(&kernel, &pf, 2).unwrap();
+    let vf = find(&kernel, &pf, 1).unwrap().unwrap();
+    kernel.slow_resets(pf.address, 2);
+    let up = kernel.physical_function(pf.address).unwrap();
+    prepare(&kernel, &pf, &device(1), &wanted()).unwrap();
+    kernel.reset_function(vf.address).unwrap();
+    assert!(kernel.vf_config(&pf, 1).is_err(), "the kernel says nothing");
+    assert_eq!(drift(&kernel, &up, 1, &wanted()).unwrap(), None);
+    // One that there is not is said at once.
+    let gone = settings(&kernel, &pf, 5).unwrap_err();
+    assert!(matches!(
+        gone,
+        VfError::Kernel(KernelError::NoSuchVf { index: 5, .. })
+    ));
+}
+
 /// An edit of an attached claim reaches the VF as a repair does: what differs is written and
 /// nothing else, and its group is never touched.
 #[test]
