@@ -9,7 +9,7 @@
 
 use common::api::{
     DeviceStatus, GUEST_FINALIZER, GUEST_GENERATION_ANNOTATION, GuestDevice, HOST_FINALIZER,
-    VFClaim, VFClaimStatus, condition,
+    LinkState, VFClaim, VFClaimStatus, VlanProtocol, condition,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -104,7 +104,10 @@ async fn a_claim_goes_up_and_its_status_comes_down_and_it_is_released() {
     .await;
 
     // An edit.
-    let edit = json!({"spec": {"network": {"vlan": {"id": 200, "qos": null}}}});
+    let edit = json!({"spec": {"network": {
+        "vlan": {"id": 200, "qos": null, "protocol": "802.1ad"},
+        "linkState": "Disable", "minTxRateMbps": 10, "maxTxRateMbps": 500,
+    }}});
     let edited = api
         .patch("fast", &params, &Patch::Merge(edit))
         .await
@@ -112,10 +115,16 @@ async fn a_claim_goes_up_and_its_status_comes_down_and_it_is_released() {
     let host = world.host_claims();
     eventually("the edit on the host", || async {
         let copy = host.get(&copy.name_any()).await.unwrap();
-        let vlan = copy.spec.network.as_ref()?.vlan.clone()?;
+        let network = copy.spec.network.as_ref()?;
+        let vlan = network.vlan.clone()?;
         let about = copy.annotations().get(GUEST_GENERATION_ANNOTATION)?;
         let generation = edited.metadata.generation.unwrap().to_string();
-        (vlan.id == 200 && vlan.qos.is_none() && *about == generation).then_some(())
+        (vlan.id == 200 && vlan.qos.is_none() && *about == generation).then_some(())?;
+        assert_eq!(vlan.protocol, Some(VlanProtocol::Ieee8021Ad));
+        assert_eq!(network.link_state, Some(LinkState::Disable));
+        let rates = (network.min_tx_rate_mbps, network.max_tx_rate_mbps);
+        assert_eq!(rates, (Some(10), Some(500)));
+        Some(())
     })
     .await;
 

@@ -65,13 +65,14 @@ fn a_vf_is_made_configured_bound_held_cleaned_and_taken_away() {
     assert_eq!(error.errno(), Some(libc::EBUSY), "{error}");
 
     let vf = &vfs[1];
-    let clean = driver.capabilities().clean();
+    let clean = driver.capabilities(&facts).clean(vf.address);
     assert_eq!(kernel.vf_config(&facts, vf.index).unwrap(), clean);
     let want = VfConfig {
         mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),
-        vlan: Some(VlanTag { id: 100, qos: 3 }),
+        vlan: Some(VlanTag::new(100, 3)),
         spoof_check: false,
         trust: true,
+        ..VfConfig::CLEAN
     };
     driver.setup(&kernel, &facts, vf, &want).unwrap();
     assert_eq!(kernel.vf_config(&facts, vf.index).unwrap(), want);

@@ -19,10 +19,12 @@ pub use guest_cluster::{
     ClaimQuota, ClassSummary, GuestCluster, GuestClusterSpec, GuestClusterStatus,
 };
 pub use host_driver::{HostDriver, HostDriverSpec, HostDriverStatus, NodeCounts};
-pub use network::{ClassNetwork, GrantedNetwork, NetworkField, NetworkRequest, Vlan};
+pub use network::{
+    ClassNetwork, GrantedNetwork, LinkState, NetworkField, NetworkRequest, Vlan, VlanProtocol,
+};
 pub use physical_function::{
-    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCounts, VfState,
-    VfStatus,
+    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCapabilities,
+    VfCounts, VfState, VfStatus,
 };
 pub use sriov_node::{DriverStatus, IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{

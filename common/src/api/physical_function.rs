@@ -95,6 +95,9 @@ pub struct PhysicalFunctionStatus {
     /// The kernel's count (`sriov_numvfs`).
     #[serde(default, rename = "numVFs")]
     pub num_vfs: u16,
+    /// What its driver can set on a VF; absent while there is no backend for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capabilities: Option<VfCapabilities>,
     #[serde(default)]
     pub counts: VfCounts,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -103,6 +106,36 @@ pub struct PhysicalFunctionStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
+}
+
+/// What the kernel driver of a PF can set on a VF. A claim that asks for more gets no VF of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VfCapabilities {
+    #[serde(default)]
+    pub vlan: bool,
+    /// A VLAN with a priority.
+    #[serde(default)]
+    pub vlan_qos: bool,
+    /// A VLAN of protocol 802.1ad.
+    #[serde(default, rename = "vlan8021ad")]
+    pub vlan_8021ad: bool,
+    #[serde(default)]
+    pub spoof_check: bool,
+    #[serde(default)]
+    pub trust: bool,
+    /// Link state Enable.
+    #[serde(default)]
+    pub link_enable: bool,
+    /// Link state Disable.
+    #[serde(default)]
+    pub link_disable: bool,
+    /// A minimum transmit rate.
+    #[serde(default)]
+    pub min_tx_rate: bool,
+    /// The least maximum transmit rate that it can limit to, in Mbit/s; absent: it limits none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tx_rate_from_mbps: Option<u32>,
 }
 
 /// VFs by state.

@@ -69,7 +69,11 @@ async fn claim_specs() {
         &tenant,
         &[(
             "network",
-            json!({"vlan": {"id": 100, "qos": 7}, "macAddress": "02:AB:cd:00:00:01"}),
+            json!({
+                "vlan": {"id": 100, "qos": 7, "protocol": "802.1ad"},
+                "macAddress": "02:AB:cd:00:00:01", "linkState": "Disable",
+                "minTxRateMbps": 100, "maxTxRateMbps": 100,
+            }),
         )],
     );
     create_accepted(&api, "VFClaim", network.clone()).await;
@@ -100,6 +104,27 @@ async fn claim_specs() {
         ("network.vlan.id", json!(null), "Required value"),
         ("network.vlan.qos", json!(8), "less than or equal to 7"),
         ("network.vlan.qos", json!(-1), "greater than or equal to 0"),
+        (
+            "network.vlan.protocol",
+            json!("802.1q"),
+            "Unsupported value",
+        ),
+        ("network.linkState", json!("Up"), "Unsupported value"),
+        (
+            "network.minTxRateMbps",
+            json!(0),
+            "greater than or equal to 1",
+        ),
+        (
+            "network.maxTxRateMbps",
+            json!(1_000_001),
+            "less than or equal to 1000000",
+        ),
+        (
+            "network.maxTxRateMbps",
+            json!(99),
+            "minTxRateMbps must not be above maxTxRateMbps",
+        ),
     ] {
         create_refused(&api, "VFClaim", with(&network, &[(path, value)]), says).await;
     }

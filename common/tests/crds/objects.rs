@@ -15,6 +15,20 @@ async fn classes_have_defaults_and_bounds() {
     assert_eq!(made.data["spec"]["pfSelector"], json!({}));
     assert_eq!(made.data["spec"]["network"], json!({}));
     let base = json!({"pfSelector": {}, "network": {"vlan": {"id": 1}}});
+    let every = json!([
+        "MacAddress",
+        "Vlan",
+        "SpoofCheck",
+        "Trust",
+        "LinkState",
+        "MinTxRateMbps",
+        "MaxTxRateMbps",
+    ]);
+    let open = json!({
+        "allowedOverrides": every,
+        "network": {"linkState": "Enable", "minTxRateMbps": 1, "maxTxRateMbps": 1_000_000},
+    });
+    create_accepted(&api, "VFClass", open).await;
     for (path, value, says) in [
         ("numVFs", json!(0), "greater than or equal to 1"),
         ("numVFs", json!(65536), "less than or equal to 65535"),
@@ -30,6 +44,12 @@ async fn classes_have_defaults_and_bounds() {
         ),
         ("description", json!("a".repeat(1025)), "more than 1024"),
         ("network.vlan.id", json!(4095), "less than or equal to 4094"),
+        (
+            "network",
+            json!({"minTxRateMbps": 2, "maxTxRateMbps": 1}),
+            "minTxRateMbps must not be above maxTxRateMbps",
+        ),
+        ("network.linkState", json!("Down"), "Unsupported value"),
         ("pfSelector.vendorIDs", json!(["8086x"]), "more than 4"),
         ("pfSelector.vendorIDs", json!(["80GG"]), "should match"),
         ("pfSelector.deviceIDs", json!(["10C9"]), "should match"),
@@ -190,10 +210,7 @@ async fn host_drivers_name_a_module_and_parameters_that_the_kernel_can_read() {
 async fn a_field_that_this_host_does_not_know_is_refused_under_strict_validation() {
     let server = server().await;
     let api = claims(&server);
-    let spec = with(
-        &tenant_claim(),
-        &[("network", json!({"linkState": "Auto"}))],
-    );
+    let spec = with(&tenant_claim(), &[("network", json!({"mtu": 9000}))]);
     let request = http::Request::post(format!(
         "/apis/{}/{}/namespaces/default/vfclaims?fieldValidation=Strict",
         common::api::GROUP,

@@ -51,7 +51,15 @@ pub async fn guest_is_ready(host: &Cluster) -> Result<()> {
 pub async fn guest_cluster(host: &Cluster) -> Result<()> {
     let client = host.client();
     let classes: Api<VFClass> = Api::all(client.clone());
-    let all = ["MacAddress", "Vlan", "SpoofCheck", "Trust"];
+    let all = [
+        "MacAddress",
+        "Vlan",
+        "SpoofCheck",
+        "Trust",
+        "LinkState",
+        "MinTxRateMbps",
+        "MaxTxRateMbps",
+    ];
     apply(
         &classes,
         CLASS,

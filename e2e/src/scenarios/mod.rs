@@ -3,6 +3,7 @@
 //! A scenario is given a running data centre, leaves it as it found it, and fails with an
 //! error that says what was seen.
 
+mod changes;
 mod clusters;
 mod drivers;
 mod gates;
@@ -108,6 +109,7 @@ pub fn all() -> Vec<Scenario> {
         guests::scenarios,
         holds::scenarios,
         drivers::scenarios,
+        changes::scenarios,
         hostile::scenarios,
         restarts::scenarios,
         several::scenarios,

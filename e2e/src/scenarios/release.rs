@@ -127,7 +127,11 @@ pub(super) async fn free_and_clean_of(
 /// As a VF is before anybody had it. A driver may give an unset MAC any value of its own,
 /// but igb's is zero (igb_vf_configure clears it for a new VF).
 fn clean(seen: &l1::VfSettings) -> bool {
-    seen.mac == "00:00:00:00:00:00" && seen.vlan == 0 && seen.spoof_check && !seen.trust
+    seen.mac == "00:00:00:00:00:00"
+        && seen.vlan == 0
+        && seen.spoof_check
+        && !seen.trust
+        && seen.max_rate == 0
 }
 
 async fn gates_closed(lab: &Lab<'_>) -> Result<()> {

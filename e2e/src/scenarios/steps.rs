@@ -344,6 +344,7 @@ async fn step6_7(lab: &Lab<'_>) -> Result<()> {
         vlan: 106,
         spoof_check: true,
         trust: true,
+        max_rate: 0,
     };
     ensure!(*seen == want, "the kernel reads back {seen:?}");
     let script = format!("cat /sys/bus/pci/devices/{}/driver_override", attached.vf);

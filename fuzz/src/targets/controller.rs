@@ -60,6 +60,7 @@ pub fn run(data: &[u8]) {
         classes: &classes.iter().collect::<Vec<_>>(),
         vmis: &vmis,
         admitted_others: world.others.into(),
+        pf: None,
     };
     let due = plan(&claim, &known);
     if claim.metadata.deletion_timestamp.is_some() {

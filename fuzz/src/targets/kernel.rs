@@ -1,11 +1,12 @@
 //! What the kernel says: rtnetlink's datagrams and bodies, uevents, configuration spaces (which
 //! are the card's words), and sysfs's choices.
 
+use common::api::{LinkState, VlanProtocol};
 use host_provisioner::kernel::fuzzing::{
     Answers, Fault, NetUse, changed_links, chosen, default_route, function_of, global_address,
     host_use, link, links_of, num_vfs, serial_number, vf,
 };
-use host_provisioner::kernel::{Change, MacAddr, VfConfig, VlanTag};
+use host_provisioner::kernel::{Change, MacAddr, TxRate, VfConfig, VlanTag};
 
 use super::Bytes;
 
@@ -121,12 +122,36 @@ fn vfs(mut bytes: Bytes<'_>) {
             attribute(&mut info, 900, &padded);
         }
         attribute(&mut info, 9, &words(&[index, (!on).into()]));
+        // Link state, rates and the VLAN once more with its protocol, big endian.
+        let state = u32::from(known >> 1) % 3;
+        attribute(&mut info, 5, &words(&[index, state]));
+        let rate = TxRate {
+            min: qos.into(),
+            max: id.into(),
+        };
+        attribute(&mut info, 6, &words(&[index, rate.min, rate.max]));
+        let (kind, protocol) = match strange & 2 {
+            0 => (0x8100_u16, VlanProtocol::Ieee8021Q),
+            _ => (0x88a8, VlanProtocol::Ieee8021Ad),
+        };
+        let mut tag = words(&[index, id.into(), qos.into()]);
+        tag.extend(kind.to_be_bytes());
+        tag.extend([0; 2]);
+        let mut tags = Vec::new();
+        attribute(&mut tags, 1, &tag);
+        attribute(&mut info, 12, &tags);
         attribute(&mut list, 1, &info);
         expected.push(VfConfig {
             mac: MacAddr(mac),
-            vlan: Some(VlanTag { id, qos }).filter(|tag| tag.id != 0 || tag.qos != 0),
+            vlan: Some(VlanTag { id, qos, protocol }).filter(|tag| tag.id != 0 || tag.qos != 0),
             spoof_check: on,
             trust: !on,
+            link_state: match state {
+                0 => LinkState::Auto,
+                1 => LinkState::Enable,
+                _ => LinkState::Disable,
+            },
+            rate,
         });
     }
     let mut body = vec![0; 16];

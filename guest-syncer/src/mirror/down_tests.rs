@@ -2,7 +2,7 @@
 
 use common::api::{
     Admitted, DeviceStatus, GUEST_GENERATION_ANNOTATION, GrantedNetwork, GuestDevice, Launcher,
-    PfSelector, VFClaimSpec,
+    LinkState, PfSelector, VFClaimSpec,
 };
 use serde_json::json;
 
@@ -215,6 +215,9 @@ fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
                 vlan: None,
                 spoof_check: true,
                 trust: false,
+                link_state: LinkState::Auto,
+                min_tx_rate_mbps: None,
+                max_tx_rate_mbps: None,
             },
         }),
         device: Some(device(1, Some("0000:03:10.2"))),

@@ -231,7 +231,11 @@ mod tests {
     fn a_new_vlan_without_qos_takes_the_old_qos_away() {
         let network = |qos| {
             Some(NetworkRequest {
-                vlan: Some(Vlan { id: 5, qos }),
+                vlan: Some(Vlan {
+                    id: 5,
+                    qos,
+                    ..Vlan::default()
+                }),
                 ..NetworkRequest::default()
             })
         };

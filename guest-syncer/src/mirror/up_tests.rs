@@ -1,6 +1,6 @@
 //! Tables for the way up.
 
-use common::api::Vlan;
+use common::api::{LinkState, Vlan, VlanProtocol};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::*;
@@ -34,7 +34,10 @@ fn claim() -> VFClaim {
                 vlan: Some(Vlan {
                     id: 7,
                     qos: Some(1),
+                    protocol: Some(VlanProtocol::Ieee8021Ad),
                 }),
+                link_state: Some(LinkState::Disable),
+                max_tx_rate_mbps: Some(500),
                 ..NetworkRequest::default()
             }),
             ..VFClaimSpec::default()

@@ -3,12 +3,14 @@
 
 use common::api::{
     Admitted, ClassNetwork, DEFAULT_CLASS_ANNOTATION, GrantedNetwork, GuestCluster, NetworkField,
-    NetworkRequest, VFClaim, VFClass, Vlan, reason,
+    NetworkRequest, PhysicalFunction, VFClaim, VFClass, Vlan, reason,
 };
 use kube::ResourceExt as _;
 use sha2::{Digest as _, Sha256};
 
 use super::refusal::Refusal;
+use crate::driver::supports;
+use crate::node::pool::wanted_config;
 
 /// Everything that admission depends on.
 pub struct Ask<'a> {
@@ -19,6 +21,9 @@ pub struct Ask<'a> {
     pub classes: &'a [&'a VFClass],
     /// Claims of this guest, other than this one, that were admitted.
     pub admitted_others: usize,
+    /// The PF of the claim's device, as its node's agent reports it; it says what can be
+    /// changed on a VF in use. A claim without a device is refused by the agent.
+    pub pf: Option<&'a PhysicalFunction>,
 }
 
 /// True when the class is the one of claims that name none.
@@ -171,11 +176,35 @@ fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitte
             ),
         ));
     }
+    if has_device {
+        settable(ask.pf, &network)?;
+    }
     Ok(Admitted {
         observed_generation: generation,
         network,
         ..granted.clone()
     })
+}
+
+/// Whether the driver of the PF can do it. An edit that it cannot do is refused here, so that
+/// the claim keeps what works; a PF that does not say what it can is left to its agent.
+fn settable(pf: Option<&PhysicalFunction>, network: &GrantedNetwork) -> Result<(), Refusal> {
+    let Some(status) = pf.and_then(|pf| pf.status.as_ref()) else {
+        return Ok(());
+    };
+    let driver = status.driver.as_deref().unwrap_or("none");
+    match (&status.capabilities, wanted_config(network)) {
+        (Some(can), Ok(want)) => supports(driver, can, &want).map_err(|cannot| {
+            Refusal::new(
+                reason::UNSUPPORTED_SETTING,
+                format!(
+                    "the VF in use cannot be changed so: {cannot}; ask for less, or delete the \
+                     claim and make another from a class whose devices can"
+                ),
+            )
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn defaults(class: &ClassNetwork, guest_uid: &str) -> GrantedNetwork {
@@ -184,6 +213,9 @@ fn defaults(class: &ClassNetwork, guest_uid: &str) -> GrantedNetwork {
         vlan: class.vlan.clone(),
         spoof_check: class.spoof_check.unwrap_or(true),
         trust: class.trust.unwrap_or(false),
+        link_state: class.link_state.unwrap_or_default(),
+        min_tx_rate_mbps: class.min_tx_rate_mbps,
+        max_tx_rate_mbps: class.max_tx_rate_mbps,
     }
 }
 
@@ -215,17 +247,34 @@ struct Policy<'a> {
 
 impl Policy<'_> {
     fn grant(&self, wish: &NetworkRequest) -> Result<GrantedNetwork, Refusal> {
-        use NetworkField::{MacAddress, SpoofCheck, Trust};
+        use NetworkField::{
+            LinkState, MacAddress, MaxTxRateMbps, MinTxRateMbps, SpoofCheck, Trust,
+        };
         let mac = wish.mac_address.as_deref().map(normal_mac).transpose()?;
         let vlan = wish.vlan.clone().map(usable_vlan).transpose()?.map(Some);
-        Ok(GrantedNetwork {
+        let granted = GrantedNetwork {
             mac_address: self.choose(MacAddress, "macAddress", mac, |n| n.mac_address.clone())?,
             vlan: self.choose(NetworkField::Vlan, "vlan", vlan, |n| n.vlan.clone())?,
             spoof_check: self.choose(SpoofCheck, "spoofCheck", wish.spoof_check, |n| {
                 n.spoof_check
             })?,
             trust: self.choose(Trust, "trust", wish.trust, |n| n.trust)?,
-        })
+            link_state: self.choose(LinkState, "linkState", wish.link_state, |n| n.link_state)?,
+            min_tx_rate_mbps: self.choose(
+                MinTxRateMbps,
+                "minTxRateMbps",
+                wish.min_tx_rate_mbps.map(Some),
+                |n| n.min_tx_rate_mbps,
+            )?,
+            max_tx_rate_mbps: self.choose(
+                MaxTxRateMbps,
+                "maxTxRateMbps",
+                wish.max_tx_rate_mbps.map(Some),
+                |n| n.max_tx_rate_mbps,
+            )?,
+        };
+        usable_rates(&granted)?;
+        Ok(granted)
     }
 
     /// Asking for what would hold anyway is no override.
@@ -295,6 +344,21 @@ fn usable_vlan(vlan: Vlan) -> Result<Vlan, Refusal> {
             vlan.qos.unwrap_or(0)
         ),
     ))
+}
+
+/// One bound may be the claim's and the other the class's, which no schema sees together.
+fn usable_rates(granted: &GrantedNetwork) -> Result<(), Refusal> {
+    match (granted.min_tx_rate_mbps, granted.max_tx_rate_mbps) {
+        (Some(min), Some(max)) if min > max => Err(Refusal::new(
+            reason::OVERRIDE_NOT_ALLOWED,
+            format!(
+                "network.minTxRateMbps would be {min} and network.maxTxRateMbps {max}, with what \
+                 the class gives where the claim says nothing; write a minimum that is not above \
+                 the maximum"
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

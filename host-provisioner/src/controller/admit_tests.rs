@@ -1,9 +1,13 @@
-use common::api::{ClaimQuota, GuestClusterSpec, VFClaimSpec, VFClaimStatus, VFClassSpec, Vlan};
+use common::api::{
+    ClaimQuota, GuestClusterSpec, LinkState, PhysicalFunctionSpec, PhysicalFunctionStatus,
+    VFClaimSpec, VFClaimStatus, VFClassSpec, VfCapabilities, Vlan, VlanProtocol,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use proptest::prelude::*;
 
 use super::*;
+use common::api;
 
 fn class(name: &str, overrides: &[NetworkField]) -> VFClass {
     let mut class = VFClass::new(
@@ -11,7 +15,10 @@ fn class(name: &str, overrides: &[NetworkField]) -> VFClass {
         VFClassSpec {
             allowed_overrides: overrides.to_vec(),
             network: ClassNetwork {
-                vlan: Some(Vlan { id: 7, qos: None }),
+                vlan: Some(Vlan {
+                    id: 7,
+                    ..Vlan::default()
+                }),
                 ..ClassNetwork::default()
             },
             ..VFClassSpec::default()
@@ -61,12 +68,23 @@ fn ask(
     classes: &[&VFClass],
     others: usize,
 ) -> Result<Admitted, Refusal> {
+    ask_of(claim, cluster, classes, others, None)
+}
+
+fn ask_of(
+    claim: &VFClaim,
+    cluster: &GuestCluster,
+    classes: &[&VFClass],
+    others: usize,
+    pf: Option<&PhysicalFunction>,
+) -> Result<Admitted, Refusal> {
     admit(&Ask {
         claim,
         guest_uid: "guest-uid",
         cluster,
         classes,
         admitted_others: others,
+        pf,
     })
 }
 
@@ -86,7 +104,13 @@ fn a_claim_gets_the_class_it_names_and_its_defaults() {
     .unwrap();
     assert_eq!(granted.class_uid, "uid-gold");
     assert_eq!(granted.observed_generation, 1);
-    assert_eq!(granted.network.vlan, Some(Vlan { id: 7, qos: None }));
+    assert_eq!(
+        granted.network.vlan,
+        Some(Vlan {
+            id: 7,
+            ..Vlan::default()
+        })
+    );
     assert!(granted.network.spoof_check && !granted.network.trust);
     assert_eq!(granted.network.mac_address, derived_mac("guest-uid"));
 }
@@ -163,6 +187,7 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
         vlan: Some(Vlan {
             id: 9,
             qos: Some(1),
+            protocol: Some(VlanProtocol::Ieee8021Ad),
         }),
         ..wish()
     };
@@ -174,8 +199,25 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
         mac_address: Some("02:00:00:00:00:0A".into()),
         ..wish()
     };
-    use NetworkField::{MacAddress, SpoofCheck, Trust, Vlan as Tag};
+    let down = NetworkRequest {
+        link_state: Some(api::LinkState::Disable),
+        ..wish()
+    };
+    let assured = NetworkRequest {
+        min_tx_rate_mbps: Some(10),
+        ..wish()
+    };
+    let limited = NetworkRequest {
+        max_tx_rate_mbps: Some(500),
+        ..wish()
+    };
+    use NetworkField::{
+        LinkState, MacAddress, MaxTxRateMbps, MinTxRateMbps, SpoofCheck, Trust, Vlan as Tag,
+    };
     for (request, field) in [
+        (down, LinkState),
+        (assured, MinTxRateMbps),
+        (limited, MaxTxRateMbps),
         (trusting, Trust),
         (tagged, Tag),
         (unchecked, SpoofCheck),
@@ -190,15 +232,24 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
         let network = ask(&asked, &blue, &[&lenient], 0).unwrap().network;
         match field {
             Trust => assert!(network.trust),
-            Tag => assert_eq!(network.vlan.unwrap().id, 9),
+            Tag => {
+                let tag = network.vlan.unwrap();
+                assert_eq!((tag.id, tag.protocol), (9, Some(VlanProtocol::Ieee8021Ad)));
+            }
             SpoofCheck => assert!(!network.spoof_check),
             MacAddress => assert_eq!(network.mac_address, "02:00:00:00:00:0a"),
+            LinkState => assert_eq!(network.link_state, api::LinkState::Disable),
+            MinTxRateMbps => assert_eq!(network.min_tx_rate_mbps, Some(10)),
+            MaxTxRateMbps => assert_eq!(network.max_tx_rate_mbps, Some(500)),
         }
     }
     // Asking for what the class gives anyway is no override.
     let same = NetworkRequest {
         trust: Some(false),
-        vlan: Some(Vlan { id: 7, qos: None }),
+        vlan: Some(Vlan {
+            id: 7,
+            ..Vlan::default()
+        }),
         ..wish()
     };
     assert!(ask(&claim(Some("gold"), same), &blue, &[&class("gold", &[])], 0).is_ok());
@@ -208,7 +259,11 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
 fn vlans_that_the_kernel_does_not_report_again_are_refused() {
     let lenient = class("gold", &[NetworkField::Vlan]);
     let asked = |id: u16, qos: Option<u8>| {
-        let vlan = Some(Vlan { id, qos });
+        let vlan = Some(Vlan {
+            id,
+            qos,
+            ..Vlan::default()
+        });
         let asked = claim(Some("gold"), NetworkRequest { vlan, ..wish() });
         ask(&asked, &cluster(&["gold"]), &[&lenient], 0)
     };
@@ -219,6 +274,36 @@ fn vlans_that_the_kernel_does_not_report_again_are_refused() {
     for (id, qos) in [(1, None), (4094, Some(7))] {
         assert!(asked(id, qos).is_ok(), "{id} {qos:?}");
     }
+}
+
+#[test]
+fn a_claims_rate_must_fit_the_other_one_of_its_class() {
+    let mut gold = class("gold", &[NetworkField::MinTxRateMbps]);
+    gold.spec.network.max_tx_rate_mbps = Some(100);
+    let asked = |min| {
+        let request = NetworkRequest {
+            min_tx_rate_mbps: Some(min),
+            ..wish()
+        };
+        ask(
+            &claim(Some("gold"), request),
+            &cluster(&["gold"]),
+            &[&gold],
+            0,
+        )
+    };
+    let network = asked(100).unwrap().network;
+    assert_eq!(
+        (network.min_tx_rate_mbps, network.max_tx_rate_mbps),
+        (Some(100), Some(100))
+    );
+    let refused = asked(101).unwrap_err();
+    assert_eq!(refused.reason, reason::OVERRIDE_NOT_ALLOWED);
+    assert!(
+        refused.message.contains("would be 101"),
+        "{}",
+        refused.message
+    );
 }
 
 #[test]
@@ -260,7 +345,10 @@ fn granted_claim(fields: &[NetworkField], request: NetworkRequest) -> (VFClaim, 
 fn a_class_edited_or_deleted_later_does_not_reach_a_granted_claim() {
     let (claim, mut gold) = granted_claim(&[NetworkField::MacAddress], wish());
     let before = claim.status.as_ref().unwrap().admitted.clone().unwrap();
-    gold.spec.network.vlan = Some(Vlan { id: 99, qos: None });
+    gold.spec.network.vlan = Some(Vlan {
+        id: 99,
+        ..Vlan::default()
+    });
     gold.spec.pf_selector.drivers = vec!["ice".into()];
     for classes in [vec![&gold], vec![]] {
         let after = ask(&claim, &cluster(&["gold"]), &classes, 0).unwrap();
@@ -278,7 +366,10 @@ fn a_changed_network_is_granted_but_a_mac_in_use_stays() {
     let (mut claim, gold) = granted_claim(&fields, wish());
     let blue = cluster(&["gold"]);
     claim.spec.network = Some(NetworkRequest {
-        vlan: Some(Vlan { id: 9, qos: None }),
+        vlan: Some(Vlan {
+            id: 9,
+            ..Vlan::default()
+        }),
         ..wish()
     });
     let granted = ask(&claim, &blue, &[&gold], 0).unwrap();
@@ -288,16 +379,92 @@ fn a_changed_network_is_granted_but_a_mac_in_use_stays() {
         ..wish()
     });
     assert!(ask(&claim, &blue, &[&gold], 0).is_ok());
-    claim.status.as_mut().unwrap().device = Some(
-        serde_json::from_value(serde_json::json!({
-            "nodeName": "n", "physicalFunction": "p", "vfIndex": 0,
-        }))
-        .unwrap(),
+    give_device(&mut claim);
+    let refused = ask(&claim, &blue, &[&gold], 0).unwrap_err();
+    assert_eq!(refused.reason, reason::OVERRIDE_NOT_ALLOWED);
+    assert!(
+        refused
+            .message
+            .contains("delete the claim and make another"),
+        "{}",
+        refused.message
     );
-    assert_eq!(
-        reason_of(ask(&claim, &blue, &[&gold], 0)),
-        reason::OVERRIDE_NOT_ALLOWED
-    );
+}
+
+fn give_device(claim: &mut VFClaim) {
+    let device = serde_json::json!({"nodeName": "n", "physicalFunction": "p", "vfIndex": 0});
+    claim.status.as_mut().unwrap().device = Some(serde_json::from_value(device).unwrap());
+}
+
+fn igb_pf(can: Option<VfCapabilities>) -> PhysicalFunction {
+    let mut pf = PhysicalFunction::new("p", PhysicalFunctionSpec::default());
+    pf.status = Some(PhysicalFunctionStatus {
+        driver: Some("igb".to_owned()),
+        capabilities: can,
+        ..PhysicalFunctionStatus::default()
+    });
+    pf
+}
+
+#[test]
+fn a_vf_in_use_is_not_changed_to_what_its_driver_cannot_do() {
+    let fields = [
+        NetworkField::LinkState,
+        NetworkField::MinTxRateMbps,
+        NetworkField::MaxTxRateMbps,
+    ];
+    let (mut claim, gold) = granted_claim(&fields, wish());
+    let blue = cluster(&["gold"]);
+    let can = VfCapabilities {
+        vlan: true,
+        spoof_check: true,
+        max_tx_rate_from_mbps: Some(1),
+        ..VfCapabilities::default()
+    };
+    let limited = NetworkRequest {
+        max_tx_rate_mbps: Some(500),
+        ..wish()
+    };
+    let assured = NetworkRequest {
+        min_tx_rate_mbps: Some(10),
+        ..wish()
+    };
+    let down = NetworkRequest {
+        link_state: Some(LinkState::Disable),
+        ..wish()
+    };
+    let known = igb_pf(Some(can));
+    for (request, cannot) in [
+        (limited, None),
+        (
+            assured,
+            Some("driver igb cannot set a minimum transmit rate"),
+        ),
+        (
+            down,
+            Some("driver igb cannot set link state Disable; it can set"),
+        ),
+    ] {
+        claim.spec.network = Some(request);
+        // Without a device it is the agent's to refuse: another PF may be able to.
+        claim.status.as_mut().unwrap().device = None;
+        assert!(ask_of(&claim, &blue, &[&gold], 0, Some(&known)).is_ok());
+        give_device(&mut claim);
+        let asked = ask_of(&claim, &blue, &[&gold], 0, Some(&known));
+        match cannot {
+            None => assert_eq!(asked.unwrap().network.max_tx_rate_mbps, Some(500)),
+            Some(words) => {
+                let refused = asked.unwrap_err();
+                assert_eq!(refused.reason, reason::UNSUPPORTED_SETTING);
+                assert!(refused.message.contains(words), "{}", refused.message);
+                assert!(refused.message.contains("ask for less"));
+            }
+        }
+        // A PF that says nothing of it refuses nothing here.
+        for pf in [None, Some(&igb_pf(None))] {
+            assert!(ask_of(&claim, &blue, &[&gold], 0, pf).is_ok());
+        }
+    }
 }
 
 proptest! {
@@ -317,13 +484,17 @@ proptest! {
         id in proptest::option::of(0_u16..5000),
         spoof in proptest::option::of(any::<bool>()),
         trust in proptest::option::of(any::<bool>()),
+        rate in proptest::option::of(1_u32..1000),
     ) {
         let gold = class("gold", &[]);
         let request = NetworkRequest {
             mac_address: mac,
-            vlan: id.map(|id| Vlan { id, qos: None }),
+            vlan: id.map(|id| Vlan { id, ..Vlan::default() }),
             spoof_check: spoof,
             trust,
+            link_state: spoof.map(|on| if on { LinkState::Auto } else { LinkState::Enable }),
+            min_tx_rate_mbps: rate,
+            max_tx_rate_mbps: rate,
         };
         let asked = ask(&claim(Some("gold"), request), &cluster(&["gold"]), &[&gold], 0);
         if let Ok(granted) = asked {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::api::{GuestCluster, HOST_FINALIZER, VFClaim, condition, type_};
+use common::api::{GuestCluster, HOST_FINALIZER, PhysicalFunction, VFClaim, condition, type_};
 use common::kube::status::{Report, decide, report};
 use common::kube::{ErrorClass, class_of, finalizer, is_conflict};
 use kube::api::Api;
@@ -25,12 +25,13 @@ pub(super) async fn reconcile(
 ) -> Result<Duration, ReconcileError> {
     let api: Api<VFClaim> = namespaced(&controller.client, claim);
     let mut clusters = controller.caches.clusters();
-    let mut due = decide_with(controller, claim, &clusters);
+    let pf = pf_in_question(controller, claim).await?;
+    let mut due = decide_with(controller, claim, &clusters, pf.as_ref());
     if let Some((cluster, uid)) = due.pin.take() {
         let pinned = pin(controller, &cluster, &uid).await?;
         clusters.retain(|c| c.name_any() != cluster);
         clusters.push(Arc::new(DeserializeGuard(Ok(pinned))));
-        due = decide_with(controller, claim, &clusters);
+        due = decide_with(controller, claim, &clusters, pf.as_ref());
     }
     let done = carry_out(controller, &api, claim, &due).await;
     if let Err(error) = &done {
@@ -44,12 +45,32 @@ pub(super) async fn reconcile(
     Ok(RESYNC)
 }
 
+/// The PF of a claim that has a device and a spec that is not decided yet. Asked for, not
+/// watched: specs of attached claims change seldom, the reports of PFs often.
+async fn pf_in_question(
+    controller: &Controller,
+    claim: &VFClaim,
+) -> Result<Option<PhysicalFunction>, ReconcileError> {
+    let Some(status) = &claim.status else {
+        return Ok(None);
+    };
+    let (Some(granted), Some(device)) = (&status.admitted, &status.device) else {
+        return Ok(None);
+    };
+    if Some(granted.observed_generation) == claim.metadata.generation {
+        return Ok(None);
+    }
+    let api: Api<PhysicalFunction> = Api::all(controller.client.clone());
+    Ok(api.get_opt(&device.physical_function).await?)
+}
+
 /// Plans under the ledger's lock, so that two claims cannot both take the last
 /// place of a quota.
 fn decide_with(
     controller: &Controller,
     claim: &VFClaim,
     clusters: &[Arc<Guarded<GuestCluster>>],
+    pf: Option<&PhysicalFunction>,
 ) -> Plan {
     let caches = &controller.caches;
     let classes = caches.classes();
@@ -73,6 +94,7 @@ fn decide_with(
             classes: &classes,
             vmis: &vmis,
             admitted_others,
+            pf,
         };
         let due = plan(claim, &known);
         if due.decision.is_some() && counted.is_some() {

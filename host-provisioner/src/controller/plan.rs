@@ -1,8 +1,8 @@
 //! What the controller does about one claim, from everything it knows. Pure.
 
 use common::api::{
-    Admitted, ConditionStatus, GuestCluster, HOST_FINALIZER, NewCondition, VFClaim, VFClaimStatus,
-    VFClass, reason, type_,
+    Admitted, ConditionStatus, GuestCluster, HOST_FINALIZER, NewCondition, PhysicalFunction,
+    VFClaim, VFClaimStatus, VFClass, reason, type_,
 };
 use common::kube::{finalizer, status::merge_diff};
 use kube::ResourceExt as _;
@@ -22,6 +22,8 @@ pub struct Known<'a> {
     pub vmis: &'a [Vmi],
     /// Claims of the same guest, other than this one, that were admitted.
     pub admitted_others: usize,
+    /// The PF of the claim's device; needed only when its spec has changed.
+    pub pf: Option<&'a PhysicalFunction>,
 }
 
 /// The writes that are due, in this order. Empty: nothing is.
@@ -62,6 +64,7 @@ pub fn plan(claim: &VFClaim, known: &Known<'_>) -> Plan {
         cluster: identified.cluster,
         classes: known.classes,
         admitted_others: known.admitted_others,
+        pf: known.pf,
     });
     // An earlier grant holds when a changed spec is refused.
     let granted = asked.clone().ok().or_else(|| status.admitted.clone());

@@ -74,6 +74,7 @@ fn run(claim: &VFClaim, clusters: &[&GuestCluster], vmis: &[Vmi]) -> Plan {
             classes: &[&class],
             vmis,
             admitted_others: 0,
+            pf: None,
         },
     )
 }

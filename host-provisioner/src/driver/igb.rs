@@ -7,11 +7,22 @@
 //! - a VF's MAC is handed to the guest only while the PF's interface is up;
 //!   with it down the setting is accepted and igbvf makes up a random address;
 //! - the zero MAC takes the administrative one away again;
-//! - 802.1Q only, no link state, no minimum rate.
+//! - 802.1Q only, no link state, no minimum rate (`igb_ndo_set_vf_vlan`, `igb_ndo_set_vf_bw`);
+//! - a maximum rate on the 82576 alone; it is set and taken away only while there is a link,
+//!   up to the link's speed, and forgotten when the link comes back with another speed
+//!   (`igb_check_vf_rate_limit`), which is then seen as drift.
 
-use crate::kernel::{Kernel, PfFacts, VfConfig, VfFacts};
+use common::api::VfCapabilities;
 
-use super::{Capabilities, DriverError, Growth, VfDriver, generic};
+use crate::kernel::PfFacts;
+
+use super::{Capabilities, Growth, VfDriver};
+
+/// Device ids of the 82576 in its forms (`E1000_DEV_ID_82576*` in e1000_hw.h). The other chip
+/// with VFs is the I350.
+const E1000_82576: [u16; 8] = [
+    0x10c9, 0x10e6, 0x10e7, 0x10e8, 0x150a, 0x150d, 0x1518, 0x1526,
+];
 
 #[derive(Clone, Copy, Debug)]
 pub struct Igb;
@@ -21,37 +32,19 @@ impl VfDriver for Igb {
         "igb"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self, pf: &PfFacts) -> Capabilities {
         Capabilities {
             driver: "igb",
             growth: Growth::AllAtOnce,
-            vlan: true,
-            spoof_check: true,
-            trust: true,
             zero_mac: true,
+            settings: VfCapabilities {
+                vlan: true,
+                vlan_qos: true,
+                spoof_check: true,
+                trust: true,
+                max_tx_rate_from_mbps: E1000_82576.contains(&pf.device.0).then_some(1),
+                ..VfCapabilities::default()
+            },
         }
-    }
-
-    fn create(&self, kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), DriverError> {
-        generic::create_by_count(kernel, pf, count)?;
-        generic::link_up(kernel, pf)
-    }
-
-    fn remove_all(&self, kernel: &dyn Kernel, pf: &PfFacts) -> Result<(), DriverError> {
-        Ok(kernel.set_num_vfs(pf.address, 0)?)
-    }
-
-    fn setup(
-        &self,
-        kernel: &dyn Kernel,
-        pf: &PfFacts,
-        vf: &VfFacts,
-        want: &VfConfig,
-    ) -> Result<(), DriverError> {
-        generic::configure(kernel, pf, vf, want, &self.capabilities())
-    }
-
-    fn teardown(&self, kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), DriverError> {
-        generic::clean(kernel, pf, vf, &self.capabilities())
     }
 }

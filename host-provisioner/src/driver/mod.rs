@@ -4,93 +4,29 @@
 //! through [`Kernel`] alone. Nothing here assumes that VFs are made by a count
 //! in sysfs: a backend with [`Growth::OneByOne`] makes single VFs beside used ones.
 
+mod bnxt;
+mod capabilities;
 mod generic;
+mod i40e;
+mod ice;
 mod igb;
+mod ixgbe;
+mod mlx5;
 #[cfg(test)]
 mod tests;
 
 use thiserror::Error;
 
-use crate::kernel::{Kernel, KernelError, PfFacts, VfConfig, VfFacts};
+use crate::kernel::{Eswitch, Kernel, KernelError, PfFacts, VfConfig, VfFacts};
 
-pub use generic::{configure, create_by_count};
+pub use bnxt::Bnxt;
+pub use capabilities::{Capabilities, Growth, Unsupported, supports};
+pub use generic::settled;
+pub use i40e::I40e;
+pub use ice::Ice;
 pub use igb::Igb;
-
-/// How a backend's VFs come to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Growth {
-    /// All at once, from none: `sriov_numvfs` goes 0 -> N or N -> 0 only.
-    AllAtOnce,
-    /// Each by itself, beside VFs in use.
-    OneByOne,
-}
-
-/// What a backend can set. Planners refuse by it, before anything is touched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities {
-    /// The backend's name, for messages.
-    pub driver: &'static str,
-    pub growth: Growth,
-    pub vlan: bool,
-    pub spoof_check: bool,
-    pub trust: bool,
-    /// The driver takes the zero MAC, that is, "none given"; i40e does not.
-    pub zero_mac: bool,
-}
-
-impl Capabilities {
-    /// Whether every setting of `want` can be made.
-    ///
-    /// # Errors
-    /// [`Unsupported`] names the first setting that cannot.
-    pub fn supports(&self, want: &VfConfig) -> Result<(), Unsupported> {
-        let no = |setting: &'static str| {
-            Err(Unsupported {
-                driver: self.driver,
-                setting,
-            })
-        };
-        if want.mac.is_multicast() {
-            return no("a multicast MAC address");
-        }
-        if want.mac.is_zero() && !self.zero_mac {
-            return no("an empty MAC address");
-        }
-        if want.vlan.is_some() && !self.vlan {
-            return no("a VLAN");
-        }
-        if want.spoof_check && !self.spoof_check {
-            return no("the spoof check");
-        }
-        if want.trust && !self.trust {
-            return no("trust");
-        }
-        match want.vlan {
-            Some(tag) if !(1..=4094).contains(&tag.id) => no("a VLAN outside 1 to 4094"),
-            Some(tag) if tag.qos > 7 => no("a VLAN priority above 7"),
-            _ => Ok(()),
-        }
-    }
-
-    /// The settings of a VF that nobody holds, as near to [`VfConfig::CLEAN`]
-    /// as the driver has them. A backend without `zero_mac` has to choose an
-    /// address in its own teardown.
-    #[must_use]
-    pub fn clean(&self) -> VfConfig {
-        VfConfig {
-            spoof_check: self.spoof_check,
-            ..VfConfig::CLEAN
-        }
-    }
-}
-
-/// A setting that the PF's driver does not have.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("driver {driver} cannot set {setting}")]
-pub struct Unsupported {
-    pub driver: &'static str,
-    pub setting: &'static str,
-}
+pub use ixgbe::Ixgbe;
+pub use mlx5::Mlx5;
 
 /// Why a VF was not made or not made ready.
 #[derive(Debug, Error)]
@@ -99,6 +35,12 @@ pub enum DriverError {
     Unsupported(#[from] Unsupported),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The kernel's error, with what this driver means by it and what to do.
+    #[error("{error}; {hint}")]
+    Explained {
+        error: KernelError,
+        hint: &'static str,
+    },
     /// Every step is tried, so that one failure does not keep the rest dirty.
     #[error("VF {vf} could not be cleaned: {}", list(.errors))]
     NotClean {
@@ -112,7 +54,8 @@ fn list(errors: &[KernelError]) -> String {
     words.join("; ")
 }
 
-/// A backend: one family of PFs.
+/// A backend: one family of PFs. What is not said here is done as most drivers have it done
+/// (`generic`); a backend is its capabilities and where it departs from that.
 pub trait VfDriver: Send + Sync + 'static {
     /// Name of the kernel driver that it stands for.
     fn name(&self) -> &'static str;
@@ -122,20 +65,37 @@ pub trait VfDriver: Send + Sync + 'static {
         pf.driver.as_deref() == Some(self.name())
     }
 
-    fn capabilities(&self) -> Capabilities;
+    /// What it can do for this PF: one driver may stand for several chips.
+    fn capabilities(&self, pf: &PfFacts) -> Capabilities;
 
-    /// Makes VFs so that at least `count` exist. The caller has planned it
-    /// ([`crate::node::pool`]) and holds the PF's turn.
+    /// Why this PF, as it is set up, serves nobody, with what to do about it.
+    fn unserviceable(&self, pf: &PfFacts) -> Option<&'static str> {
+        (pf.eswitch == Some(Eswitch::Switchdev)).then_some(SWITCHDEV)
+    }
+
+    /// What this driver means by an error of making VFs, with what to do; `None` where the
+    /// error says it all.
+    fn explain(&self, _error: &KernelError) -> Option<&'static str> {
+        None
+    }
+
+    /// Makes VFs so that at least `count` exist, and takes the PF up. The caller has planned
+    /// it ([`crate::node::pool`]) and holds the PF's turn.
     ///
     /// # Errors
     /// The kernel's, with errno; [`KernelError::VfCount`] when it made another number.
-    fn create(&self, kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), DriverError>;
+    fn create(&self, kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), DriverError> {
+        generic::create_by_count(kernel, pf, count).map_err(|error| self.explained(error))?;
+        generic::link_up(kernel, pf)
+    }
 
     /// Takes all VFs away. The caller has proven every one of them free.
     ///
     /// # Errors
     /// The kernel's, with errno.
-    fn remove_all(&self, kernel: &dyn Kernel, pf: &PfFacts) -> Result<(), DriverError>;
+    fn remove_all(&self, kernel: &dyn Kernel, pf: &PfFacts) -> Result<(), DriverError> {
+        generic::create_by_count(kernel, pf, 0).map_err(|error| self.explained(error))
+    }
 
     /// Gives the VF what was admitted, and reads it back.
     ///
@@ -147,19 +107,43 @@ pub trait VfDriver: Send + Sync + 'static {
         pf: &PfFacts,
         vf: &VfFacts,
         want: &VfConfig,
-    ) -> Result<(), DriverError>;
+    ) -> Result<(), DriverError> {
+        generic::configure(kernel, pf, vf, want, &self.capabilities(pf))
+    }
 
     /// Takes everything of its last holder off the VF and resets it. The caller
     /// holds the VF's group.
     ///
     /// # Errors
     /// [`DriverError::NotClean`] with all that failed.
-    fn teardown(&self, kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), DriverError>;
+    fn teardown(&self, kernel: &dyn Kernel, pf: &PfFacts, vf: &VfFacts) -> Result<(), DriverError> {
+        generic::clean(kernel, pf, vf, &self.capabilities(pf))
+    }
+
+    /// The error with what [`VfDriver::explain`] knows of it.
+    #[doc(hidden)]
+    fn explained(&self, error: KernelError) -> DriverError {
+        match self.explain(&error) {
+            // One that has not come back is no refusal, and the callers look for it.
+            Some(hint) if !matches!(error, KernelError::Stuck { .. }) => {
+                DriverError::Explained { error, hint }
+            }
+            _ => error.into(),
+        }
+    }
 }
+
+/// In switchdev mode a VF's traffic goes where its representor's rules send it, and nobody
+/// here makes such rules; VLANs by the PF are refused (mlx5_eswitch_set_vport_vlan).
+const SWITCHDEV: &str = "its eswitch is in switchdev mode, in which a VF reaches nothing without \
+     rules that nobody here makes; an administrator has to set the mode to legacy while it has \
+     no VFs (devlink dev eswitch set pci/ADDRESS mode legacy)";
+
+/// The backends. A new one is one file and one line here; see `docs/drivers.md`.
+const DRIVERS: [&dyn VfDriver; 6] = [&Igb, &Ixgbe, &I40e, &Ice, &Mlx5, &Bnxt];
 
 /// The backend of this PF; `None`: not supported, to be left alone.
 #[must_use]
 pub fn driver_for(pf: &PfFacts) -> Option<&'static dyn VfDriver> {
-    const DRIVERS: [&dyn VfDriver; 1] = [&Igb];
     DRIVERS.into_iter().find(|driver| driver.matches(pf))
 }

@@ -1,7 +1,12 @@
 //! The backends over the fake kernel.
 
+mod backends;
+
+use common::api::VfCapabilities;
+use common::pci::PciId;
+
 use crate::kernel::fake::{FakeKernel, Write, igb_pf};
-use crate::kernel::{MacAddr, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VlanTag};
 
 use super::*;
 
@@ -18,9 +23,10 @@ fn made() -> (FakeKernel, PfFacts, Vec<VfFacts>) {
 
 const WANT: VfConfig = VfConfig {
     mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),
-    vlan: Some(VlanTag { id: 100, qos: 0 }),
+    vlan: Some(VlanTag::new(100, 0)),
     spoof_check: true,
     trust: true,
+    ..VfConfig::CLEAN
 };
 
 #[test]
@@ -114,14 +120,14 @@ fn what_a_driver_does_not_have_is_refused_before_anything_is_written() {
         ),
         (
             VfConfig {
-                vlan: Some(VlanTag { id: 4095, qos: 0 }),
+                vlan: Some(VlanTag::new(4095, 0)),
                 ..WANT
             },
             "driver igb cannot set a VLAN outside 1 to 4094",
         ),
         (
             VfConfig {
-                vlan: Some(VlanTag { id: 1, qos: 8 }),
+                vlan: Some(VlanTag::new(1, 8)),
                 ..WANT
             },
             "driver igb cannot set a VLAN priority above 7",
@@ -135,28 +141,68 @@ fn what_a_driver_does_not_have_is_refused_before_anything_is_written() {
 
 #[test]
 fn capabilities_decide_what_clean_is() {
-    let all = Igb.capabilities();
-    assert_eq!(all.clean(), VfConfig::CLEAN);
+    let all = Igb.capabilities(&pf());
+    let vf = "0000:01:10.0".parse().unwrap();
+    assert_eq!(all.clean(vf), VfConfig::CLEAN);
     let less = Capabilities {
-        vlan: false,
-        trust: false,
         zero_mac: false,
-        spoof_check: false,
+        settings: VfCapabilities::default(),
         ..all
     };
     for (want, setting) in [
         (VfConfig::CLEAN, "an empty MAC address"),
         (WANT, "a VLAN"),
         (VfConfig { vlan: None, ..WANT }, "the spoof check"),
-        (
-            VfConfig {
-                vlan: None,
-                spoof_check: false,
-                ..WANT
-            },
-            "trust",
-        ),
     ] {
         assert_eq!(less.supports(&want).unwrap_err().setting, setting);
     }
+    let parked = less.clean(vf);
+    assert_eq!(parked.mac.to_string(), "02:56:46:00:01:80");
+    assert!(!parked.spoof_check);
+    assert_eq!(less.supports(&parked), Ok(()));
+}
+
+#[test]
+fn igb_limits_rates_on_one_of_its_chips() {
+    let limited = VfConfig {
+        rate: TxRate { min: 0, max: 100 },
+        ..WANT
+    };
+    let (kernel, pf, vfs) = made();
+    Igb.setup(&kernel, &pf, &vfs[0], &limited).unwrap();
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), limited);
+    Igb.teardown(&kernel, &pf, &vfs[0]).unwrap();
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), VfConfig::CLEAN);
+
+    let i350 = PfFacts {
+        device: PciId(0x1521),
+        ..super::tests::pf()
+    };
+    let refused = Igb.capabilities(&i350).supports(&limited).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "driver igb cannot set a maximum transmit rate; it can set a MAC address, a VLAN \
+         (802.1Q), its priority, the spoof check, trust"
+    );
+}
+
+#[test]
+fn a_rate_that_is_refused_keeps_nothing_else_on_the_vf() {
+    let (kernel, pf, vfs) = made();
+    let limited = VfConfig {
+        rate: TxRate { min: 0, max: 100 },
+        ..WANT
+    };
+    Igb.setup(&kernel, &pf, &vfs[0], &limited).unwrap();
+    kernel.give_link(pf.address, 0);
+    let error = Igb.teardown(&kernel, &pf, &vfs[0]).unwrap_err();
+    assert!(error.to_string().contains("has a link"), "{error}");
+    let left = VfConfig {
+        rate: limited.rate,
+        ..VfConfig::CLEAN
+    };
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), left);
+    kernel.give_link(pf.address, 1000);
+    Igb.teardown(&kernel, &pf, &vfs[0]).unwrap();
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), VfConfig::CLEAN);
 }

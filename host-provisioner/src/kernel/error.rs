@@ -7,6 +7,7 @@ use common::pci::PciAddress;
 use thiserror::Error;
 
 use super::Stuck;
+use super::netlink::VfSetting;
 
 /// A failed question or order to the kernel.
 #[derive(Debug, Error)]
@@ -54,6 +55,17 @@ pub enum KernelError {
     /// A netlink request, with its errno.
     #[error("netlink, {request}: {source}")]
     Netlink { request: String, source: io::Error },
+    /// A setting of a VF that the driver refused, with its errno.
+    #[error("netlink, set {setting} of VF {index} of {interface} to {value}: {source}{hint}")]
+    Setting {
+        interface: String,
+        index: u16,
+        setting: &'static str,
+        value: String,
+        source: io::Error,
+        /// What a person can do about it; may be empty.
+        hint: &'static str,
+    },
     /// An answer that is not rtnetlink.
     #[error("netlink, {request}: {detail}")]
     NetlinkAnswer { request: String, detail: String },
@@ -87,6 +99,26 @@ fn name(driver: Option<&str>) -> &str {
 }
 
 impl KernelError {
+    /// A refused setting of a VF.
+    pub(super) fn setting(
+        interface: &str,
+        index: u16,
+        setting: VfSetting,
+        source: io::Error,
+    ) -> Self {
+        let hint = source
+            .raw_os_error()
+            .map_or("", |errno| setting.hint(errno));
+        Self::Setting {
+            interface: interface.to_owned(),
+            index,
+            setting: setting.name(),
+            value: setting.value(),
+            source,
+            hint,
+        }
+    }
+
     pub(crate) fn file(action: impl Into<String>, path: &Path, source: io::Error) -> Self {
         Self::File {
             action: action.into(),
@@ -99,7 +131,9 @@ impl KernelError {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::File { source, .. } | Self::Netlink { source, .. } => source.raw_os_error(),
+            Self::File { source, .. }
+            | Self::Netlink { source, .. }
+            | Self::Setting { source, .. } => source.raw_os_error(),
             _ => None,
         }
     }

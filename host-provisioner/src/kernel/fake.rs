@@ -5,6 +5,7 @@
 //! under its user is in [`FakeKernel::violations`], as the real kernel obeys it
 //! or hangs without a word.
 
+mod manners;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,7 @@ use common::pci::{PciAddress, PciId};
 
 use super::netlink::VfSetting;
 use super::{
-    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, Stuck,
+    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, Stuck, TxRate,
     VFIO_PCI, VfConfig, VfFacts, Watcher,
 };
 
@@ -53,6 +54,7 @@ pub fn igb_pf(address: PciAddress) -> PfFacts {
         group_members: vec![address],
         in_use_by_host: None,
         up: false,
+        eswitch: None,
         identity: String::new(),
     };
     facts.identity = facts.identify();
@@ -84,6 +86,38 @@ impl FakeKernel {
     /// `sriov_numvfs` succeeds all the same.
     pub fn make_at_most(&self, pf: PciAddress, count: u16) {
         self.lock().at_most.insert(pf, count);
+    }
+
+    /// From now on the PF's driver makes so many VFs, whatever number but 0 it is asked for.
+    pub fn make_exactly(&self, pf: PciAddress, count: u16) {
+        self.lock().exactly.insert(pf, count);
+    }
+
+    /// The PF's link has another speed, in Mbit/s; 0: it has none.
+    pub fn give_link(&self, pf: PciAddress, speed: u32) {
+        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
+            let before = std::mem::replace(&mut pf.speed, speed);
+            // Without a link they wait for the next one.
+            if manners::forgets_rates(pf.manners().driver) && speed != 0 && speed != before {
+                pf.vfs
+                    .iter_mut()
+                    .for_each(|vf| vf.config.rate = TxRate::default());
+            }
+        }
+    }
+
+    /// ice: the card's package does 802.1ad.
+    pub fn double_vlan(&self, pf: PciAddress) {
+        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
+            pf.double_vlan = true;
+        }
+    }
+
+    /// So often a VF of this PF that was reset answers that it is not ready.
+    pub fn slow_resets(&self, pf: PciAddress, answers: u32) {
+        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
+            pf.slow_resets = answers;
+        }
     }
 
     /// The PF lies below a port without ACS: port, PF and VFs share one IOMMU
@@ -282,40 +316,39 @@ impl Kernel for FakeKernel {
         let mut state = self.lock();
         state.due_failure("vf_config", "netlink")?;
         let interface = interface(pf)?;
-        Ok(state.vf_by_index(pf.address, interface, index)?.config)
+        let vf = state.vf_by_index(pf.address, interface, index)?;
+        if vf.resetting > 0 {
+            // Its driver does not answer for it (rtnl_fill_vfinfo in net/core/rtnetlink.c).
+            vf.resetting -= 1;
+            return Err(KernelError::NoSuchVf {
+                interface: interface.to_owned(),
+                index,
+            });
+        }
+        Ok(vf.config)
     }
 
     fn set_vf_config(&self, pf: &PfFacts, index: u16, want: &VfConfig) -> Result<(), KernelError> {
         let mut state = self.lock();
         let interface = interface(pf)?.to_owned();
-        let up = state.pf(pf.address)?.facts.up;
         let have = state.vf_by_index(pf.address, &interface, index)?.config;
         for (setting, now) in VfSetting::all(want).into_iter().zip(VfSetting::all(&have)) {
-            if setting == now {
-                continue;
+            if setting != now {
+                state.set(pf.address, &interface, index, setting)?;
             }
-            if let Some(errno) = state.take_failure("set_vf_config") {
-                return Err(KernelError::Netlink {
-                    request: format!("set {} of VF {index} of {interface}", setting.name()),
-                    source: io::Error::from_raw_os_error(errno),
+        }
+        // Read back as the real one does: some drivers take a setting and do nothing.
+        let got = state.vf_by_index(pf.address, &interface, index)?.config;
+        for (setting, now) in VfSetting::all(want).into_iter().zip(VfSetting::all(&got)) {
+            if setting != now {
+                return Err(KernelError::Readback {
+                    interface,
+                    index,
+                    setting: setting.name(),
+                    wanted: setting.value(),
+                    got: now.value(),
                 });
             }
-            let vf = state.vf_by_index(pf.address, &interface, index)?;
-            match setting {
-                VfSetting::Mac(mac) => {
-                    vf.config.mac = mac;
-                    vf.mac_delivered = up;
-                }
-                VfSetting::Vlan(tag) => vf.config.vlan = tag,
-                VfSetting::SpoofCheck(on) => vf.config.spoof_check = on,
-                VfSetting::Trust(on) => vf.config.trust = on,
-            }
-            let write = Write::VfSetting {
-                vf: vf.facts.address,
-                setting: setting.name(),
-                value: setting.value(),
-            };
-            state.writes.push(write);
         }
         Ok(())
     }
@@ -381,6 +414,12 @@ impl Kernel for FakeKernel {
         let mut state = self.lock();
         state.due_failure("reset_function", &device_file(vf, "reset"))?;
         state.vf(vf)?;
+        let slow = state
+            .pfs
+            .values()
+            .find(|pf| pf.vfs.iter().any(|v| v.facts.address == vf));
+        let slow = slow.map_or(0, |pf| pf.slow_resets);
+        state.vf(vf)?.resetting = slow;
         state.writes.push(Write::Reset(vf));
         Ok(())
     }

@@ -31,7 +31,8 @@ pub use error::{HoldError, KernelError};
 pub use helper::{Helpers, Stuck};
 pub use real::RealKernel;
 pub use types::{
-    MacAddr, MacError, NodeFacts, PfFacts, Roots, VFIO_PCI, VfConfig, VfFacts, VlanTag,
+    Eswitch, MacAddr, MacError, NodeFacts, PfFacts, Roots, TxRate, VFIO_PCI, VfConfig, VfFacts,
+    VlanTag,
 };
 pub use vfio::GroupHold;
 

@@ -113,6 +113,7 @@ impl RealKernel {
                 .as_deref()
                 .and_then(|name| host_use::reason(usage, name)),
             up: link.is_some_and(|link| link.up),
+            eswitch: self.netlink.eswitch(pf)?,
             interface,
             identity: String::new(),
         };

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use common::api::{LinkState, VlanProtocol};
 use common::pci::{PciAddress, PciId};
 use thiserror::Error;
 
@@ -105,6 +106,15 @@ pub struct NodeFacts {
     pub vfio_container: bool,
 }
 
+/// How a card's eswitch forwards between its PF and VFs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eswitch {
+    /// By MAC and VLAN, as the PF's settings of the VFs say.
+    Legacy,
+    /// By rules for each VF's representor.
+    Switchdev,
+}
+
 /// One SR-IOV-capable function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PfFacts {
@@ -136,6 +146,8 @@ pub struct PfFacts {
     pub in_use_by_host: Option<String>,
     /// Its network interface is administratively up.
     pub up: bool,
+    /// Mode of its eswitch; absent where the driver has no choice of it.
+    pub eswitch: Option<Eswitch>,
     /// What tells this piece of hardware from every other, see [`PfFacts::identify`].
     pub identity: String,
 }
@@ -177,18 +189,54 @@ pub struct VfFacts {
     pub group_members: Vec<PciAddress>,
 }
 
-/// An 802.1Q tag that the PF puts on and takes off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A VLAN tag that the PF puts on and takes off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VlanTag {
     /// 1 to 4094.
     pub id: u16,
     /// Priority, 0 to 7.
     pub qos: u8,
+    pub protocol: VlanProtocol,
+}
+
+impl VlanTag {
+    /// An 802.1Q tag.
+    #[must_use]
+    pub const fn new(id: u16, qos: u8) -> Self {
+        Self {
+            id,
+            qos,
+            protocol: VlanProtocol::Ieee8021Q,
+        }
+    }
 }
 
 impl fmt::Display for VlanTag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} qos {}", self.id, self.qos)
+        write!(f, "{} qos {}", self.id, self.qos)?;
+        match self.protocol {
+            VlanProtocol::Ieee8021Q => Ok(()),
+            other => write!(f, " {other}"),
+        }
+    }
+}
+
+/// Bounds of what a VF sends, in Mbit/s; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TxRate {
+    /// What the VF can count on.
+    pub min: u32,
+    /// What the VF cannot exceed.
+    pub max: u32,
+}
+
+impl fmt::Display for TxRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bound = |rate| match rate {
+            0 => "none".to_owned(),
+            rate => format!("{rate} Mbit/s"),
+        };
+        write!(f, "min {}, max {}", bound(self.min), bound(self.max))
     }
 }
 
@@ -200,6 +248,8 @@ pub struct VfConfig {
     pub vlan: Option<VlanTag>,
     pub spoof_check: bool,
     pub trust: bool,
+    pub link_state: LinkState,
+    pub rate: TxRate,
 }
 
 impl VfConfig {
@@ -209,13 +259,17 @@ impl VfConfig {
         vlan: None,
         spoof_check: true,
         trust: false,
+        link_state: LinkState::Auto,
+        rate: TxRate { min: 0, max: 0 },
     };
 }
 
 impl VfConfig {
     /// The settings in which what the kernel reports is not what was admitted.
     ///
-    /// A trusted guest may change its own MAC, so the MAC of one is no drift.
+    /// A trusted guest may change its own MAC, so the MAC of one is no drift. What a driver
+    /// does not have it reports as 0 or not at all, which reads as in [`VfConfig::CLEAN`], and
+    /// that is all that is ever granted of it.
     #[must_use]
     pub fn drift(&self, reported: &Self) -> Vec<&'static str> {
         let differs = [
@@ -223,6 +277,8 @@ impl VfConfig {
             ("VLAN", self.vlan != reported.vlan),
             ("spoof check", self.spoof_check != reported.spoof_check),
             ("trust", self.trust != reported.trust),
+            ("link state", self.link_state != reported.link_state),
+            ("transmit rate", self.rate != reported.rate),
         ];
         let drifted = differs.into_iter().filter(|(_, differs)| *differs);
         drifted.map(|(setting, _)| setting).collect()
@@ -242,7 +298,15 @@ impl fmt::Display for VfConfig {
             "spoof check {}, trust {}",
             on(self.spoof_check),
             on(self.trust)
-        )
+        )?;
+        // Few drivers have them, so they are told only when they are not as usual.
+        if self.link_state != LinkState::Auto {
+            write!(f, ", link state {}", self.link_state)?;
+        }
+        if self.rate != TxRate::default() {
+            write!(f, ", transmit rate {}", self.rate)?;
+        }
+        Ok(())
     }
 }
 
@@ -287,18 +351,46 @@ mod tests {
     fn drift_names_the_settings() {
         let other = VfConfig {
             mac: MacAddr([2, 0, 0, 0, 0, 1]),
-            vlan: Some(VlanTag { id: 5, qos: 0 }),
+            vlan: Some(VlanTag::new(5, 0)),
             spoof_check: false,
             trust: true,
+            link_state: LinkState::Disable,
+            rate: TxRate { min: 0, max: 100 },
         };
         assert_eq!(VfConfig::CLEAN.drift(&VfConfig::CLEAN), Vec::<&str>::new());
+        let all = [
+            "MAC",
+            "VLAN",
+            "spoof check",
+            "trust",
+            "link state",
+            "transmit rate",
+        ];
+        assert_eq!(VfConfig::CLEAN.drift(&other), all);
+        assert_eq!(other.drift(&VfConfig::CLEAN), all[1..]);
+        let service = VlanTag {
+            protocol: VlanProtocol::Ieee8021Ad,
+            ..other.vlan.unwrap()
+        };
+        let service = VfConfig {
+            vlan: Some(service),
+            ..other
+        };
+        assert_eq!(other.drift(&service), ["VLAN"]);
+    }
+
+    #[test]
+    fn settings_are_told_as_they_are() {
+        let usual = "MAC 00:00:00:00:00:00, no VLAN, spoof check on, trust off";
+        assert_eq!(VfConfig::CLEAN.to_string(), usual);
+        let limited = VfConfig {
+            link_state: LinkState::Enable,
+            rate: TxRate { min: 0, max: 50 },
+            ..VfConfig::CLEAN
+        };
         assert_eq!(
-            VfConfig::CLEAN.drift(&other),
-            ["MAC", "VLAN", "spoof check", "trust"]
-        );
-        assert_eq!(
-            other.drift(&VfConfig::CLEAN),
-            ["VLAN", "spoof check", "trust"]
+            limited.to_string(),
+            format!("{usual}, link state Enable, transmit rate min none, max 50 Mbit/s")
         );
     }
 }

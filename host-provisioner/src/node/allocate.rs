@@ -84,7 +84,7 @@ fn one(
     let mut macs = BTreeMap::new();
     if facts.interface.is_some() {
         for vf in &vfs {
-            macs.insert(vf.index, kernel.vf_config(&facts, vf.index)?.mac);
+            macs.insert(vf.index, vf::settings(kernel, &facts, vf.index)?.mac);
         }
     }
     Ok(PfSnapshot {

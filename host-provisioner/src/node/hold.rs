@@ -49,7 +49,11 @@ impl Drift {
     /// Whether the guest may reach, or be taken for, what it was not granted.
     #[must_use]
     pub fn is_breach(&self) -> bool {
-        self.settings.iter().any(|s| *s != "MAC")
+        // With a link it did not ask for, or without a bound, it still reaches its own network
+        // alone.
+        self.settings
+            .iter()
+            .any(|s| !matches!(*s, "MAC" | "link state" | "transmit rate"))
     }
 }
 
@@ -179,7 +183,7 @@ fn serving(kernel: &dyn Kernel, pf: &PfFacts, entries: &[Entry]) -> Result<Servi
         if pf.interface.is_none() {
             break;
         }
-        let config = kernel.vf_config(pf, vf.index)?;
+        let config = vf::settings(kernel, pf, vf.index)?;
         vfs.insert(vf.index, (vf.driver, config));
     }
     Ok(Serving { up: pf.up, vfs })

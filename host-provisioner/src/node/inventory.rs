@@ -109,6 +109,7 @@ pub fn function_status(
         iommu_group: facts.iommu_group,
         total_vfs: facts.total_vfs,
         num_vfs: facts.num_vfs,
+        capabilities: view.capabilities.map(|can| can.settings),
         counts: view.counts(),
         vfs: vfs(view),
         conditions,
@@ -203,6 +204,9 @@ fn ready(view: &PfView) -> NewCondition {
             reason::UNSUPPORTED_DRIVER,
             format!("its kernel driver is {driver}, for which there is no backend"),
         );
+    }
+    if let Some(words) = view.unserviceable {
+        return no(reason::UNSUPPORTED_DRIVER, words.to_owned());
     }
     if !view.managed {
         return no(

@@ -132,6 +132,9 @@ fn offer(pf: &PfView, wish: &Wish) -> Result<Choice, Refusal> {
     let Some(capabilities) = pf.capabilities else {
         return Err(Refusal::NoBackend(pf.facts.driver.clone()));
     };
+    if let Some(words) = pf.unserviceable {
+        return Err(Refusal::Unserviceable(words));
+    }
     capabilities
         .supports(&wish.config)
         .map_err(Refusal::Unsupported)?;
@@ -303,7 +306,8 @@ pub fn resize(pf: &PfView) -> Resize {
     let by_count = pf
         .capabilities
         .is_some_and(|capabilities| capabilities.growth == Growth::AllAtOnce);
-    if from == to || !pf.managed || pf.facts.in_use_by_host.is_some() || !by_count {
+    let ours = pf.managed && pf.facts.in_use_by_host.is_none() && pf.unserviceable.is_none();
+    if from == to || !ours || !by_count {
         return Resize::Keep;
     }
     // Every VF that the kernel counts is seen, and every one seen is free.

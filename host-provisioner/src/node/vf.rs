@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::hold::Drift;
 use super::plan::{Vf, VfSeen};
-use crate::driver::{DriverError, VfDriver, driver_for};
+use crate::driver::{DriverError, VfDriver, driver_for, settled};
 use crate::kernel::{
     GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
 };
@@ -75,6 +75,17 @@ pub fn find(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<Option<VfFa
         .find(|vf| vf.index == index))
 }
 
+/// The VF's settings. One that there is and of which the kernel says nothing is being reset, by
+/// its guest or for a change of ours; that is waited for.
+pub fn settings(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<VfConfig, VfError> {
+    match kernel.vf_config(pf, index) {
+        Err(KernelError::NoSuchVf { .. }) if find(kernel, pf, index)?.is_some() => {
+            Ok(settled(|| kernel.vf_config(pf, index))?)
+        }
+        said => Ok(said?),
+    }
+}
+
 /// The VF's state, proven by opening its group when it is on vfio-pci.
 pub fn look(
     kernel: &dyn Kernel,
@@ -114,8 +125,9 @@ pub fn look(
         }
         Some(other) => Vf::OtherDriver(other.to_owned()),
     };
-    let config = kernel.vf_config(pf, index)?;
-    let clean = state == Vf::Driverless && config == driver(pf)?.capabilities().clean();
+    let config = settings(kernel, pf, index)?;
+    let unheld = driver(pf)?.capabilities(pf).clean(vf.address);
+    let clean = state == Vf::Driverless && config == unheld;
     Ok(VfSeen {
         configured: config == *want,
         clean,
@@ -205,7 +217,7 @@ pub fn prepare(
         }
     };
     // vfio-pci's probe may reset the function; what counts is what is there now.
-    let got = kernel.vf_config(pf, index)?;
+    let got = settings(kernel, pf, index)?;
     drop(held);
     reach(Point::Bound);
     if got != *want {
@@ -259,7 +271,7 @@ pub fn drift(
     index: u16,
     want: &VfConfig,
 ) -> Result<Option<Drift>, VfError> {
-    Ok(Drift::of(pf.up, want, kernel.vf_config(pf, index)?))
+    Ok(Drift::of(pf.up, want, settings(kernel, pf, index)?))
 }
 
 /// Gives the VF that a guest has what it was granted again, and reads it back.
@@ -276,7 +288,7 @@ pub fn repair(
     let mut want = *want;
     if want.trust {
         // A trusted guest may have chosen another, and its driver goes by that.
-        want.mac = kernel.vf_config(pf, index)?.mac;
+        want.mac = settings(kernel, pf, index)?.mac;
     }
     Ok(driver(pf)?.setup(kernel, pf, &vf, &want)?)
 }

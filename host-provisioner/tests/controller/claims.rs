@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use common::api::{
-    DEFAULT_CLASS_ANNOTATION, HOST_FINALIZER, NetworkField, NetworkRequest, VFClaim, VFClaimStatus,
-    VFClass, reason, type_,
+    DEFAULT_CLASS_ANNOTATION, HOST_FINALIZER, LinkState, NetworkField, NetworkRequest,
+    PhysicalFunction, PhysicalFunctionSpec, VFClaim, VFClaimStatus, VFClass, condition, reason,
+    type_,
 };
 use futures::{StreamExt as _, TryStreamExt as _};
 use host_provisioner::controller::admit::derived_mac;
 use kube::ResourceExt as _;
-use kube::api::{Api, Patch, PatchParams, WatchEvent, WatchParams};
+use kube::api::{Api, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
 use crate::harness::{Harness, UUID, claim};
@@ -363,6 +364,65 @@ async fn cordon_and_quota_hold_and_a_freed_place_is_taken() {
     harness.warned(&late, reason::CORDONED).await;
     set(json!({"cordoned": false})).await;
     harness.says(&late, type_::RESOLVED, reason::RESOLVED).await;
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn an_edit_that_the_vfs_driver_cannot_do_is_refused_and_the_grant_stays() {
+    let harness = Harness::running().await;
+    harness.vmi("a", UUID).await;
+    let open = [NetworkField::LinkState, NetworkField::MaxTxRateMbps];
+    harness.class("later", &open).await;
+    let mut wish = claim("u1");
+    wish.spec.class_name = Some("later".into());
+    let made = harness.create(&wish).await;
+    harness.says(&made, type_::RESOLVED, reason::RESOLVED).await;
+    // As a node agent writes them.
+    let pfs: Api<PhysicalFunction> = Api::all(harness.admin.clone());
+    let spec = PhysicalFunctionSpec {
+        node_name: "host1".into(),
+        identity: "serial".into(),
+        ..PhysicalFunctionSpec::default()
+    };
+    let pf = PhysicalFunction::new("pf", spec);
+    pfs.create(&PostParams::default(), &pf).await.unwrap();
+    let params = PatchParams::default();
+    let can = json!({"status": {"driver": "igb", "capabilities": {
+        "spoofCheck": true, "maxTxRateFromMbps": 1,
+    }}});
+    pfs.patch_status("pf", &params, &Patch::Merge(can))
+        .await
+        .unwrap();
+    let api = harness.claims();
+    let device = json!({"status": {"device": {
+        "nodeName": "host1", "physicalFunction": "pf", "vfIndex": 0,
+    }}});
+    api.patch_status("vfc-u1", &params, &Patch::Merge(device))
+        .await
+        .unwrap();
+
+    let edit = async |network: Value| {
+        let patch = Patch::Merge(json!({"spec": {"network": network}}));
+        api.patch("vfc-u1", &params, &patch).await.unwrap();
+    };
+    edit(json!({"linkState": "Disable"})).await;
+    let refused = harness
+        .says(&made, type_::ADMITTED, reason::UNSUPPORTED_SETTING)
+        .await;
+    let now = status(&refused);
+    let words = &condition(&now.conditions, type_::ADMITTED).unwrap().message;
+    assert!(
+        words.contains("driver igb cannot set link state Disable; it can set")
+            && words.contains("the earlier grant holds"),
+        "{words}"
+    );
+    let network = now.admitted.unwrap().network;
+    assert_eq!(network.link_state, LinkState::Auto);
+
+    edit(json!({"linkState": null, "maxTxRateMbps": 500})).await;
+    let changed = harness.says(&made, type_::ADMITTED, reason::ADMITTED).await;
+    let network = status(&changed).admitted.unwrap().network;
+    assert_eq!(network.max_tx_rate_mbps, Some(500));
     harness.end().await;
 }
 

@@ -87,6 +87,7 @@ fn controller_plan(setting: &Setting, slot: Slot, copy: &HostCopy, pod: Option<u
             classes: &[&class],
             vmis: &[vmi],
             admitted_others: 0,
+            pf: None,
         },
     );
     assert_eq!(plan.pin, None, "the cluster's UID is pinned from the start");

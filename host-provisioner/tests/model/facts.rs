@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use common::api::{
     Admitted, AttachmentStatus, DeviceStatus, GrantedNetwork, GuestRef, HOST_FINALIZER, Launcher,
-    PfSelector, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef, host_claim_name,
+    LinkState, PfSelector, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef, host_claim_name,
 };
 use common::pci::{PciAddress, PciId};
 use host_provisioner::controller::admit::derived_mac;
@@ -100,6 +100,9 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
                 vlan: None,
                 spoof_check: true,
                 trust: false,
+                link_state: LinkState::Auto,
+                min_tx_rate_mbps: None,
+                max_tx_rate_mbps: None,
             },
         }),
         vm: copy.granted.then(|| VmRef {
@@ -294,6 +297,7 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         name: PF.into(),
         facts: PfFacts {
             up: true,
+            eswitch: None,
             address: pf.parse().unwrap(),
             vendor: id("8086"),
             device: id("10c9"),

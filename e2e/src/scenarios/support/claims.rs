@@ -8,7 +8,7 @@ use common::api::{VFClaim, VFClaimStatus, condition, host_claim_name, type_};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Api;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use super::lab::{Lab, MARK};
@@ -73,7 +73,9 @@ impl Wish {
         self
     }
 
-    fn network(mut self, field: &str, value: serde_json::Value) -> Self {
+    /// Asks for any setting, by its name in the API.
+    #[must_use]
+    pub fn network(mut self, field: &str, value: serde_json::Value) -> Self {
         if let Some(network) = self.spec.get_mut("network").and_then(|n| n.as_object_mut()) {
             network.insert(field.to_owned(), value);
         }
@@ -181,6 +183,18 @@ impl Lab<'_> {
     /// The copy as it is now.
     pub async fn host_copy(&self, claim: &Claim) -> Result<Option<VFClaim>> {
         Ok(self.host_claims().get_opt(&claim.host_name()).await?)
+    }
+
+    /// Asks for another network, as the tenant would: what `network` does not say is not asked
+    /// for any more.
+    pub async fn edit(&self, claim: &Claim, network: serde_json::Value) -> Result<()> {
+        let patch = json!([{"op": "replace", "path": "/spec/network", "value": network}]);
+        let patch: Patch<()> = Patch::Json(serde_json::from_value(patch)?);
+        self.guest_claims()
+            .patch(&claim.name, &PatchParams::default(), &patch)
+            .await
+            .with_context(|| format!("changing claim {}", claim.name))?;
+        Ok(())
     }
 
     /// Waits for `look` to find something in the copy's status.

@@ -84,6 +84,8 @@ pub struct VfSettings {
     pub vlan: u16,
     pub spoof_check: bool,
     pub trust: bool,
+    /// In Mbit/s; 0: none.
+    pub max_rate: u32,
 }
 
 /// Settings of every VF of the PF whose interface is `interface`, by VF index.
@@ -104,6 +106,7 @@ pub(super) fn read_settings(text: &str) -> Result<BTreeMap<u16, VfSettings>> {
     for vf in vfs.into_iter().flatten() {
         let index = vf.get("vf").and_then(Value::as_u64).context("no index")?;
         let vlan = vf.pointer("/vlan_list/0/vlan").or_else(|| vf.get("vlan"));
+        let rate = vf.pointer("/rate/max_tx");
         let flag = |name| {
             vf.get(name)
                 .and_then(Value::as_bool)
@@ -120,6 +123,7 @@ pub(super) fn read_settings(text: &str) -> Result<BTreeMap<u16, VfSettings>> {
                 vlan: u16::try_from(vlan.and_then(Value::as_u64).unwrap_or(0))?,
                 spoof_check: flag("spoofchk")?,
                 trust: flag("trust")?,
+                max_rate: u32::try_from(rate.and_then(Value::as_u64).unwrap_or(0))?,
             },
         );
     }
@@ -301,11 +305,12 @@ mod tests {
     fn settings_of_ip() {
         let text = r#"[{"ifname":"e","vfinfo_list":[
             {"vf":0,"link_type":"ether","address":"02:00:00:00:00:01","vlan_list":[{"vlan":100}],
-             "spoofchk":true,"link_state":"auto","trust":false},
+             "rate":{"max_tx":500,"min_tx":0},"spoofchk":true,"link_state":"auto","trust":false},
             {"vf":1,"link_type":"ether","address":"00:00:00:00:00:00","spoofchk":true,"trust":true}]}]"#;
         let all = read_settings(text).unwrap();
-        assert_eq!(all[&0].vlan, 100);
-        assert_eq!((all[&1].vlan, all[&1].trust), (0, true));
+        assert_eq!((all[&0].vlan, all[&0].max_rate), (100, 500));
+        let bare = &all[&1];
+        assert_eq!((bare.vlan, bare.trust, bare.max_rate), (0, true, 0));
         assert_eq!(read_settings(r#"[{"ifname":"e"}]"#).unwrap().len(), 0);
     }
 

@@ -6,13 +6,18 @@ use common::pci::{PciAddress, PciId};
 
 use crate::kernel::{KernelError, MacAddr, PfFacts, Stuck, VFIO_PCI, VfConfig, VfFacts, Watcher};
 
-use super::refused;
+use crate::kernel::netlink::VfSetting;
+
+use super::{manners, refused};
 
 /// The first group number of VFs; PFs have those below it.
 const FIRST_VF_GROUP: u32 = 1000;
 /// First VF and stride of the 82576: PF + 0x80, then every second function.
 const VF_OFFSET: u32 = 0x80;
 const VF_STRIDE: u32 = 2;
+
+/// Speed of a PF's link in Mbit/s, where a test says no other.
+const SPEED: u32 = 1000;
 
 /// Who waits for a write that does not come back.
 pub(super) const HELPER: Stuck = Stuck { pid: 4711 };
@@ -44,12 +49,27 @@ pub(super) struct Vf {
     pub config: VfConfig,
     /// The MAC was set while the PF's interface was up.
     pub mac_delivered: bool,
+    /// So often it still answers that it is being reset.
+    pub resetting: u32,
 }
 
 #[derive(Debug)]
 pub(super) struct Pf {
     pub facts: PfFacts,
     pub vfs: Vec<Vf>,
+    /// Speed of its link in Mbit/s while it is up.
+    pub speed: u32,
+    /// See [`manners::Pf::double_vlan`].
+    pub double_vlan: bool,
+    /// So often a VF that was reset answers that it is not ready.
+    pub slow_resets: u32,
+}
+
+impl Pf {
+    /// What the driver goes by now.
+    pub fn manners(&self) -> manners::Pf<'_> {
+        manners::Pf::of(&self.facts, self.speed, self.double_vlan)
+    }
 }
 
 /// Those who want to be told; they have nothing to show.
@@ -77,6 +97,8 @@ pub(super) struct State {
     /// Who wants to be told of changes.
     pub watchers: Watchers,
     pub at_most: BTreeMap<PciAddress, u16>,
+    /// Makes so many, whatever it was asked for.
+    pub exactly: BTreeMap<PciAddress, u16>,
     pub shared: BTreeSet<PciAddress>,
     pub writes: Vec<Write>,
     pub violations: Vec<String>,
@@ -91,6 +113,9 @@ impl State {
                 ..facts
             },
             vfs: Vec::new(),
+            speed: SPEED,
+            double_vlan: false,
+            slow_resets: 0,
         };
         self.pfs.insert(address, pf);
         if count > 0 {
@@ -155,8 +180,60 @@ impl State {
             })
     }
 
+    /// Makes one setting of a VF as the driver does, or answers as it does.
+    pub fn set(
+        &mut self,
+        pf: PciAddress,
+        interface: &str,
+        index: u16,
+        setting: VfSetting,
+    ) -> Result<(), KernelError> {
+        let due = self.take_failure("set_vf_config");
+        let refused = |errno| {
+            let source = std::io::Error::from_raw_os_error(errno);
+            KernelError::setting(interface, index, setting, source)
+        };
+        if let Some(errno) = due {
+            return Err(refused(errno));
+        }
+        let known = self.pf(pf)?;
+        let manners = manners::Pf::of(&known.facts, known.speed, known.double_vlan);
+        let vf = known.vfs.iter_mut().find(|vf| vf.facts.index == index);
+        let vf = vf.ok_or_else(|| KernelError::NoSuchVf {
+            interface: interface.to_owned(),
+            index,
+        })?;
+        let address = vf.facts.address;
+        let done = if vf.resetting > 0 {
+            vf.resetting -= 1;
+            Err(manners::in_reset(manners.driver))
+        } else {
+            manners::set(manners, &mut vf.config, setting)
+        };
+        if matches!(setting, VfSetting::Mac(_)) && done.is_ok() {
+            vf.mac_delivered = known.facts.up;
+        }
+        done.map_err(refused)?;
+        self.writes.push(Write::VfSetting {
+            vf: address,
+            setting: setting.name(),
+            value: setting.value(),
+        });
+        Ok(())
+    }
+
     /// Makes or takes away VFs as the driver pleases; how many there are then.
     pub fn resize(&mut self, pf: PciAddress, count: u16) -> u16 {
+        let made = self.pfs.get(&pf);
+        let count = made.map_or(count, |known| {
+            manners::made(known.manners().driver, known.facts.up, count)
+        });
+        let count = self
+            .exactly
+            .get(&pf)
+            .copied()
+            .filter(|_| count > 0)
+            .unwrap_or(count);
         let count = count.min(self.at_most.get(&pf).copied().unwrap_or(u16::MAX));
         let gone: Vec<PciAddress> = match self.pfs.get(&pf) {
             Some(known) => known.vfs.iter().map(|vf| vf.facts.address).collect(),
@@ -261,5 +338,6 @@ fn new_vf(pf: &PfFacts, index: u16, shared: bool) -> Option<Vf> {
             ..VfConfig::CLEAN
         },
         mac_delivered: false,
+        resetting: 0,
     })
 }

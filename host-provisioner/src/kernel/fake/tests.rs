@@ -1,6 +1,9 @@
 //! The fake has the manners that facts about the real one demand.
 
+use common::api::{LinkState, VlanProtocol};
+
 use super::*;
+use crate::kernel::VlanTag;
 
 fn pf() -> PfFacts {
     igb_pf("0000:01:00.0".parse().unwrap())
@@ -102,4 +105,67 @@ fn without_isolation_all_share_one_group() {
         assert_eq!(vf.iommu_group, facts.iommu_group);
         assert_eq!(vf.group_members, facts.group_members);
     }
+}
+
+fn with_a_vf(pf: PfFacts) -> (FakeKernel, PfFacts) {
+    let kernel = FakeKernel::new([pf.clone()]);
+    kernel
+        .set_link_up(pf.interface.as_deref().unwrap())
+        .unwrap();
+    kernel.set_num_vfs(pf.address, 1).unwrap();
+    (kernel, pf)
+}
+
+fn rate(min: u32, max: u32) -> VfConfig {
+    VfConfig {
+        rate: TxRate { min, max },
+        ..VfConfig::CLEAN
+    }
+}
+
+#[test]
+fn igb_limits_rates_on_the_82576_with_a_link_and_up_to_its_speed() {
+    let (kernel, pf) = with_a_vf(pf());
+    let set = |config| kernel.set_vf_config(&pf, 0, &config);
+    let errno = |config| set(config).unwrap_err().errno();
+    set(rate(0, 1000)).unwrap();
+    assert_eq!(errno(rate(0, 1001)), Some(libc::EINVAL));
+    assert_eq!(errno(rate(10, 100)), Some(libc::EINVAL));
+    let words = set(rate(0, 1001)).unwrap_err().to_string();
+    assert!(words.contains("up to the link's speed"), "{words}");
+    // Without a link it is neither set nor taken away, and stays.
+    kernel.give_link(pf.address, 0);
+    assert_eq!(errno(VfConfig::CLEAN), Some(libc::EINVAL));
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap().rate.max, 1000);
+    // Another speed forgets it.
+    kernel.give_link(pf.address, 100);
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), VfConfig::CLEAN);
+
+    let (kernel, pf) = with_a_vf(PfFacts {
+        device: PciId(0x1521),
+        ..super::tests::pf()
+    });
+    let error = kernel.set_vf_config(&pf, 0, &rate(0, 100)).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::EOPNOTSUPP));
+}
+
+#[test]
+fn igb_has_no_link_state_and_no_service_tag() {
+    let (kernel, pf) = with_a_vf(pf());
+    let errno = |config: VfConfig| kernel.set_vf_config(&pf, 0, &config).unwrap_err().errno();
+    let down = VfConfig {
+        link_state: LinkState::Disable,
+        ..VfConfig::CLEAN
+    };
+    assert_eq!(errno(down), Some(libc::EOPNOTSUPP));
+    let service = VlanTag {
+        protocol: VlanProtocol::Ieee8021Ad,
+        ..VlanTag::new(5, 0)
+    };
+    let service = VfConfig {
+        vlan: Some(service),
+        ..VfConfig::CLEAN
+    };
+    assert_eq!(errno(service), Some(libc::EPROTONOSUPPORT));
+    assert_eq!(kernel.vf_config(&pf, 0).unwrap(), VfConfig::CLEAN);
 }

@@ -1,13 +1,17 @@
 //! What is asked of rtnetlink, behind a trait so that everything above it is
 //! tested without a card. `socket` speaks to the kernel, `parse` reads its
-//! answers and does no I/O.
+//! answers and does no I/O, `devlink` writes and reads what is not rtnetlink.
 
+mod devlink;
 mod parse;
 mod socket;
 
 use std::fmt;
 
-use super::{KernelError, MacAddr, VfConfig, VlanTag};
+use common::api::LinkState;
+use common::pci::PciAddress;
+
+use super::{Eswitch, KernelError, MacAddr, TxRate, VfConfig, VlanTag};
 
 pub use parse::changed_links;
 #[cfg(feature = "fuzzing")]
@@ -47,7 +51,10 @@ pub enum VfSetting {
     Mac(MacAddr),
     Vlan(Option<VlanTag>),
     SpoofCheck(bool),
+    LinkState(LinkState),
     Trust(bool),
+    /// Both bounds are one request of the kernel's.
+    Rate(TxRate),
 }
 
 impl VfSetting {
@@ -56,7 +63,9 @@ impl VfSetting {
             Self::Mac(_) => "MAC",
             Self::Vlan(_) => "VLAN",
             Self::SpoofCheck(_) => "spoof check",
+            Self::LinkState(_) => "link state",
             Self::Trust(_) => "trust",
+            Self::Rate(_) => "transmit rate",
         }
     }
 
@@ -66,18 +75,42 @@ impl VfSetting {
             Self::Vlan(None) => "none".to_owned(),
             Self::Vlan(Some(tag)) => tag.to_string(),
             Self::SpoofCheck(on) | Self::Trust(on) => if on { "on" } else { "off" }.to_owned(),
+            Self::LinkState(state) => state.to_string(),
+            Self::Rate(rate) => rate.to_string(),
         }
     }
 
-    /// Every setting of `config`. Trust is last: the rest holds before a guest
-    /// may change anything.
-    pub const fn all(config: &VfConfig) -> [Self; 4] {
+    /// Every setting of `config`. Trust comes late: the rest holds before a guest
+    /// may change anything. The rate is behind it, because drivers refuse one while they have
+    /// no link, and that must keep nothing else from being set.
+    pub const fn all(config: &VfConfig) -> [Self; 6] {
         [
             Self::Mac(config.mac),
             Self::Vlan(config.vlan),
             Self::SpoofCheck(config.spoof_check),
+            Self::LinkState(config.link_state),
             Self::Trust(config.trust),
+            Self::Rate(config.rate),
         ]
+    }
+
+    /// What a person can do about a refusal of this setting with this errno; empty where the
+    /// errno says it all. Drivers give a reason in the kernel's log alone.
+    pub const fn hint(self, errno: i32) -> &'static str {
+        match (self, errno) {
+            // igb, ixgbe, i40e, ice and bnxt_en compare it with the speed of their link, which
+            // is 0 while there is none.
+            (Self::Rate(_), libc::EINVAL) => {
+                "; a rate can be set only while the physical function has a link, and up to the link's speed"
+            }
+            (Self::Vlan(_), libc::EPROTONOSUPPORT) => {
+                "; the card does not have this VLAN protocol as it is set up, use 802.1Q"
+            }
+            (Self::Vlan(_) | Self::Rate(_), libc::EPERM | libc::EOPNOTSUPP) => {
+                "; the card's firmware or its eswitch mode does not allow it"
+            }
+            _ => "",
+        }
     }
 }
 
@@ -90,4 +123,6 @@ pub trait Netlink: Send + Sync + fmt::Debug + 'static {
     fn set_vf(&self, interface: &str, index: u16, setting: VfSetting) -> Result<(), KernelError>;
     fn is_up(&self, interface: &str) -> Result<bool, KernelError>;
     fn set_up(&self, interface: &str) -> Result<(), KernelError>;
+    /// Mode of a PF's eswitch; `None` where its driver has no choice of it.
+    fn eswitch(&self, pf: PciAddress) -> Result<Option<Eswitch>, KernelError>;
 }

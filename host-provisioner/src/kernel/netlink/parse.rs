@@ -4,15 +4,16 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use common::api::{LinkState, VlanProtocol as Ours};
 use netlink_packet_core::{
     DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, NlaBuffer,
     NlasIterator, ParseableParametrized as _,
 };
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::link::{LinkAttribute, VfInfo};
+use netlink_packet_route::link::{LinkAttribute, VfInfo, VfLinkState, VfVlan, VlanProtocol};
 
 use super::Link;
-use crate::kernel::{MacAddr, VfConfig, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VfConfig, VlanTag};
 
 // include/uapi/linux/if_link.h
 const IFLA_ADDRESS: u16 = 1;
@@ -130,10 +131,10 @@ fn advance(length: u32) -> usize {
     length.max(1).next_multiple_of(4)
 }
 
-type Attribute<'a> = NlaBuffer<&'a [u8]>;
+pub(super) type Attribute<'a> = NlaBuffer<&'a [u8]>;
 
 /// The attributes behind a fixed header. A cut-off list is an error.
-fn attributes(body: &[u8], header: usize) -> Result<Vec<Attribute<'_>>, DecodeError> {
+pub(super) fn attributes(body: &[u8], header: usize) -> Result<Vec<Attribute<'_>>, DecodeError> {
     let rest = body
         .get(header..)
         .ok_or_else(|| DecodeError::buffer_too_small(body.len(), header))?;
@@ -224,10 +225,8 @@ pub fn vf(body: &[u8], index: u16) -> Result<Option<VfConfig>, DecodeError> {
 
 fn vf_config(infos: &[VfInfo], index: u32) -> Option<VfConfig> {
     let mut config = VfConfig {
-        mac: MacAddr::ZERO,
-        vlan: None,
         spoof_check: false,
-        trust: false,
+        ..VfConfig::CLEAN
     };
     let mut found = false;
     for info in infos {
@@ -238,20 +237,56 @@ fn vf_config(infos: &[VfInfo], index: u32) -> Option<VfConfig> {
                 found = info.vf_id == index;
                 config.mac = info.mac.get(..6).and_then(mac)?;
             }
-            VfInfo::Vlan(info) => {
-                let tag = VlanTag {
-                    id: u16::try_from(info.vlan_id).ok()?,
-                    qos: u8::try_from(info.qos).ok()?,
-                };
-                // Identifier 0 with a priority is a tag too.
-                config.vlan = Some(tag).filter(|tag| tag.id != 0 || tag.qos != 0);
+            VfInfo::Vlan(info) if config.vlan.is_none() => {
+                config.vlan = tag(info.vlan_id, info.qos, Ours::Ieee8021Q)?;
+            }
+            // The same again, with the protocol (one entry, rtnl_fill_vfinfo).
+            VfInfo::VlanList(list) => {
+                if let Some(VfVlan::Info(info)) = list.first() {
+                    config.vlan = tag(info.vlan_id, info.qos, protocol(info.protocol))?;
+                }
             }
             VfInfo::SpoofCheck(info) => config.spoof_check = info.enabled,
+            VfInfo::LinkState(info) => config.link_state = link_state(info.state)?,
             VfInfo::Trust(info) => config.trust = info.enabled,
+            VfInfo::Rate(info) => {
+                config.rate = TxRate {
+                    min: info.min_tx_rate,
+                    max: info.max_tx_rate,
+                }
+            }
             _ => {}
         }
     }
     found.then_some(config)
+}
+
+/// `Some(None)`: no tag. Identifier 0 with a priority is a tag too.
+fn tag(id: u32, qos: u32, protocol: Ours) -> Option<Option<VlanTag>> {
+    let tag = VlanTag {
+        id: u16::try_from(id).ok()?,
+        qos: u8::try_from(qos).ok()?,
+        protocol,
+    };
+    Some(Some(tag).filter(|tag| tag.id != 0 || tag.qos != 0))
+}
+
+/// What is neither is said by a driver that has no tag to tell of.
+fn protocol(said: VlanProtocol) -> Ours {
+    match said {
+        VlanProtocol::Ieee8021Ad => Ours::Ieee8021Ad,
+        _ => Ours::Ieee8021Q,
+    }
+}
+
+/// `None` for a state that this program does not know.
+fn link_state(said: VfLinkState) -> Option<LinkState> {
+    match said {
+        VfLinkState::Auto => Some(LinkState::Auto),
+        VfLinkState::Enable => Some(LinkState::Enable),
+        VfLinkState::Disable => Some(LinkState::Disable),
+        _ => None,
+    }
 }
 
 /// An `RTM_NEWADDR` body: interface and address, when its scope is global.
@@ -315,139 +350,4 @@ fn next_hops(mut rest: &[u8]) -> Result<Vec<u32>, DecodeError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use netlink_packet_core::Emitable as _;
-    use netlink_packet_route::link::{
-        InfoKind, LinkFlags, LinkInfo, LinkMessage, LinkVfInfo, VfInfoLinkState, VfInfoMac,
-        VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState,
-    };
-
-    use super::*;
-
-    fn bytes(message: &LinkMessage) -> Vec<u8> {
-        let mut bytes = vec![0; message.buffer_len()];
-        message.emit(&mut bytes);
-        bytes
-    }
-
-    fn message(attributes: Vec<LinkAttribute>) -> Vec<u8> {
-        let mut message = LinkMessage::default();
-        message.header.index = 7;
-        message.header.flags = LinkFlags::Up;
-        message.attributes = attributes;
-        bytes(&message)
-    }
-
-    fn vf_infos(index: u32, vlan: (u32, u32), on: bool) -> LinkVfInfo {
-        LinkVfInfo(vec![
-            VfInfo::Mac(VfInfoMac::new(index, &[2, 0, 0, 0, 0, index as u8])),
-            VfInfo::Vlan(VfInfoVlan::new(index, vlan.0, vlan.1)),
-            VfInfo::SpoofCheck(VfInfoSpoofCheck::new(index, on)),
-            VfInfo::LinkState(VfInfoLinkState::new(index, VfLinkState::Auto)),
-            VfInfo::Trust(VfInfoTrust::new(index, !on)),
-        ])
-    }
-
-    #[test]
-    fn a_vf_is_found_among_others() {
-        let body = message(vec![
-            LinkAttribute::IfName("enp1s0".to_owned()),
-            LinkAttribute::VfInfoList(vec![
-                vf_infos(0, (0, 0), true),
-                vf_infos(1, (100, 3), false),
-                vf_infos(2, (0, 5), true),
-            ]),
-        ]);
-        let config = |index, vlan, on: bool| VfConfig {
-            mac: MacAddr([2, 0, 0, 0, 0, index]),
-            vlan,
-            spoof_check: on,
-            trust: !on,
-        };
-        assert_eq!(vf(&body, 0).unwrap(), Some(config(0, None, true)));
-        let tag = VlanTag { id: 100, qos: 3 };
-        assert_eq!(vf(&body, 1).unwrap(), Some(config(1, Some(tag), false)));
-        let priority = VlanTag { id: 0, qos: 5 };
-        assert_eq!(vf(&body, 2).unwrap(), Some(config(2, Some(priority), true)));
-        assert_eq!(vf(&body, 3).unwrap(), None);
-        assert_eq!(vf(&message(Vec::new()), 0).unwrap(), None);
-    }
-
-    #[test]
-    fn a_vlan_link_is_read() {
-        let body = message(vec![
-            LinkAttribute::IfName("eth0.5".to_owned()),
-            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 9]),
-            LinkAttribute::PermAddress(vec![0; 6]),
-            LinkAttribute::Link(2),
-            LinkAttribute::Controller(4),
-            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vlan)]),
-        ]);
-        let expected = Link {
-            index: 7,
-            name: "eth0.5".to_owned(),
-            up: true,
-            mac: Some(MacAddr([2, 0, 0, 0, 0, 9])),
-            permanent_mac: None,
-            master: Some(4),
-            lower: Some(2),
-            kind: Some("vlan".to_owned()),
-        };
-        assert_eq!(link(&body).unwrap(), expected);
-    }
-
-    #[test]
-    fn a_lower_link_of_another_namespace_means_nothing() {
-        let body = message(vec![LinkAttribute::Link(2), LinkAttribute::LinkNetNsId(0)]);
-        assert_eq!(link(&body).unwrap().lower, None);
-        let veth = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]);
-        let body = message(vec![LinkAttribute::Link(2), veth]);
-        assert_eq!(link(&body).unwrap().lower, None);
-    }
-
-    /// Header and payload of one message.
-    fn answer(kind: u16, payload: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(16 + payload.len()).unwrap();
-        let mut bytes = length.to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend([0; 10]);
-        bytes.extend(payload);
-        bytes
-    }
-
-    #[test]
-    fn any_refusal_is_an_errno() {
-        // include/uapi/linux/netlink.h
-        const ERROR: u16 = 2;
-        const DONE: u16 = 3;
-        for (code, errno) in [(-19, 19), (i32::MIN, i32::MAX)] {
-            for kind in [ERROR, DONE] {
-                let payload = [&code.to_ne_bytes()[..], &[0; 16]].concat();
-                let fault = Answers::default().take(&answer(kind, &payload));
-                assert!(
-                    matches!(fault, Err(Fault::Errno(e)) if e == errno),
-                    "{kind} {code}"
-                );
-            }
-        }
-        let mut answers = Answers::default();
-        let all = [answer(RTM_NEWLINK, b"body"), answer(DONE, &[0; 4])].concat();
-        assert_eq!(answers.take(&all).unwrap(), Some(End::Complete));
-        assert_eq!(answers.bodies, [b"body"]);
-    }
-
-    #[test]
-    fn a_cut_off_answer_is_an_error() {
-        let whole = message(vec![LinkAttribute::IfName("enp1s0".to_owned())]);
-        for length in [0, 7, LINK_HEADER - 1, LINK_HEADER + 6] {
-            assert!(link(&whole[..length]).is_err(), "{length}");
-        }
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn any_bytes_end_in_an_answer(body in proptest::collection::vec(0_u8.., 0..256)) {
-            let _ = (link(&body), vf(&body, 1), global_address(&body), default_route(&body));
-        }
-    }
-}
+mod tests;

@@ -2,21 +2,27 @@
 
 use std::io;
 
+use common::api::{LinkState, VlanProtocol as Ours};
+use common::pci::PciAddress;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    DecodeError, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage as Request;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{
-    LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoMac,
-    VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan,
+    LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState,
+    VfInfoMac, VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState, VfVlan,
+    VfVlanInfo, VlanProtocol,
 };
 use netlink_packet_route::route::RouteMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
+use netlink_sys::{Socket, SocketAddr};
 
+use super::devlink;
 use super::parse::{self, Answers, End, Fault};
 use super::{Link, NetUse, Netlink, VfSetting};
-use crate::kernel::{KernelError, VfConfig};
+use crate::kernel::{Eswitch, KernelError, VfConfig, VlanTag};
 
 /// Speaks to the kernel of the network namespace that the process is in. A
 /// socket a request: they are cheap, and an answer left over from a request
@@ -35,18 +41,6 @@ enum Answer {
 }
 
 fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelError> {
-    let fail = |source| KernelError::Netlink {
-        request: what.to_owned(),
-        source,
-    };
-    let bad = |detail: String| KernelError::NetlinkAnswer {
-        request: what.to_owned(),
-        detail,
-    };
-    let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail)?;
-    socket.bind_auto().map_err(fail)?;
-    socket.connect(&SocketAddr::new(0, 0)).map_err(fail)?;
-
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = 1;
@@ -54,7 +48,19 @@ fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelEr
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
-    socket.send(&bytes, 0).map_err(fail)?;
+    send(NETLINK_ROUTE, &bytes, what)
+}
+
+/// One request to a netlink family, and its answers to the end.
+fn send(family: isize, request: &[u8], what: &str) -> Result<Answer, KernelError> {
+    let fail = |source| KernelError::Netlink {
+        request: what.to_owned(),
+        source,
+    };
+    let mut socket = Socket::new(family).map_err(fail)?;
+    socket.bind_auto().map_err(fail)?;
+    socket.connect(&SocketAddr::new(0, 0)).map_err(fail)?;
+    socket.send(request, 0).map_err(fail)?;
 
     let mut answers = Answers::default();
     loop {
@@ -64,8 +70,32 @@ fn exchange(request: Request, flags: u16, what: &str) -> Result<Answer, KernelEr
             Ok(Some(End::Complete)) => return Ok(Answer::Complete(answers.bodies)),
             Ok(Some(End::Interrupted)) => return Ok(Answer::Interrupted),
             Err(Fault::Errno(errno)) => return Err(fail(io::Error::from_raw_os_error(errno))),
-            Err(Fault::Malformed(error)) => return Err(bad(error.to_string())),
+            Err(Fault::Malformed(error)) => return Err(unreadable(what, &error)),
         }
+    }
+}
+
+fn unreadable(what: &str, error: &DecodeError) -> KernelError {
+    KernelError::NetlinkAnswer {
+        request: what.to_owned(),
+        detail: error.to_string(),
+    }
+}
+
+/// One generic netlink request; its first answer, `None` where there is nobody to ask: no
+/// such family, no such device, or a driver without it.
+fn ask_generic(request: &[u8], what: &str) -> Result<Option<Vec<u8>>, KernelError> {
+    match send(NETLINK_GENERIC, request, what) {
+        Ok(Answer::Complete(bodies)) => Ok(bodies.into_iter().next()),
+        // Said of dumps alone.
+        Ok(Answer::Interrupted) => Err(KernelError::NetlinkAnswer {
+            request: what.to_owned(),
+            detail: "no answer".to_owned(),
+        }),
+        Err(error) => match error.errno() {
+            Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP) => Ok(None),
+            _ => Err(error),
+        },
     }
 }
 
@@ -92,16 +122,11 @@ fn dump(request: &Request, what: &str) -> Result<Vec<Vec<u8>>, KernelError> {
 fn read_all<T>(
     what: &str,
     bodies: &[Vec<u8>],
-    read: impl Fn(&[u8]) -> Result<T, netlink_packet_core::DecodeError>,
+    read: impl Fn(&[u8]) -> Result<T, DecodeError>,
 ) -> Result<Vec<T>, KernelError> {
     bodies
         .iter()
-        .map(|body| {
-            read(body).map_err(|error| KernelError::NetlinkAnswer {
-                request: what.to_owned(),
-                detail: error.to_string(),
-            })
-        })
+        .map(|body| read(body).map_err(|error| unreadable(what, &error)))
         .collect()
 }
 
@@ -177,11 +202,28 @@ impl Netlink for RtNetlink {
             .push(LinkAttribute::VfInfoList(vec![vf_info(index, setting)]));
         let (name, value) = (setting.name(), setting.value());
         let what = format!("set {name} of VF {index} of {interface} to {value}");
-        order(Request::SetLink(message), &what)
+        order(Request::SetLink(message), &what).map_err(|error| match error {
+            KernelError::Netlink { source, .. } => {
+                KernelError::setting(interface, index, setting, source)
+            }
+            other => other,
+        })
     }
 
     fn is_up(&self, interface: &str) -> Result<bool, KernelError> {
         Ok(link_of(interface)?.up)
+    }
+
+    fn eswitch(&self, pf: PciAddress) -> Result<Option<Eswitch>, KernelError> {
+        let what = format!("read the eswitch mode of {pf}");
+        let Some(family) = ask_generic(&devlink::get_family(), &what)? else {
+            return Ok(None);
+        };
+        let family = devlink::family(&family).map_err(|error| unreadable(&what, &error))?;
+        let Some(mode) = ask_generic(&devlink::get_eswitch(family, pf), &what)? else {
+            return Ok(None);
+        };
+        devlink::eswitch(&mode).map_err(|error| unreadable(&what, &error))
     }
 
     fn set_up(&self, interface: &str) -> Result<(), KernelError> {
@@ -199,12 +241,31 @@ fn vf_info(index: u16, setting: VfSetting) -> LinkVfInfo {
     let vf = u32::from(index);
     LinkVfInfo(vec![match setting {
         VfSetting::Mac(mac) => VfInfo::Mac(VfInfoMac::new(vf, &mac.0)),
-        VfSetting::Vlan(tag) => VfInfo::Vlan(VfInfoVlan::new(
-            vf,
-            tag.map_or(0, |tag| u32::from(tag.id)),
-            tag.map_or(0, |tag| u32::from(tag.qos)),
-        )),
+        VfSetting::Vlan(tag) => vlan_info(vf, tag),
         VfSetting::SpoofCheck(on) => VfInfo::SpoofCheck(VfInfoSpoofCheck::new(vf, on)),
+        VfSetting::LinkState(state) => VfInfo::LinkState(VfInfoLinkState::new(
+            vf,
+            match state {
+                LinkState::Auto => VfLinkState::Auto,
+                LinkState::Enable => VfLinkState::Enable,
+                LinkState::Disable => VfLinkState::Disable,
+            },
+        )),
         VfSetting::Trust(on) => VfInfo::Trust(VfInfoTrust::new(vf, on)),
+        VfSetting::Rate(rate) => VfInfo::Rate(VfInfoRate::new(vf, rate.min, rate.max)),
     }])
+}
+
+/// `IFLA_VF_VLAN` says no protocol, which is 802.1Q, and every driver's kernel has it; the list
+/// is for the other one.
+fn vlan_info(vf: u32, tag: Option<VlanTag>) -> VfInfo {
+    let tag = tag.unwrap_or_default();
+    let (id, qos) = (u32::from(tag.id), u32::from(tag.qos));
+    match tag.protocol {
+        Ours::Ieee8021Q => VfInfo::Vlan(VfInfoVlan::new(vf, id, qos)),
+        Ours::Ieee8021Ad => {
+            let info = VfVlanInfo::new(vf, id, qos, VlanProtocol::Ieee8021Ad);
+            VfInfo::VlanList(vec![VfVlan::Info(info)])
+        }
+    }
 }

@@ -6,11 +6,12 @@ mod network;
 
 use std::time::Duration;
 
+use common::api::{LinkState, VlanProtocol};
 use common::pci::PciAddress;
 
 use self::emulated::{Emulated, PF, vf_address};
 use super::*;
-use crate::kernel::{MacAddr, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VlanTag};
 
 fn pf() -> PciAddress {
     PF.parse().unwrap()
@@ -207,9 +208,10 @@ fn only_settings_that_differ_are_asked_for_and_all_are_read_back() {
     let facts = kernel.physical_function(pf()).unwrap();
     let want = VfConfig {
         mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),
-        vlan: Some(VlanTag { id: 100, qos: 3 }),
+        vlan: Some(VlanTag::new(100, 3)),
         spoof_check: true,
         trust: false,
+        ..VfConfig::CLEAN
     };
     kernel.set_vf_config(&facts, 0, &want).unwrap();
     assert_eq!(kernel.vf_config(&facts, 0).unwrap(), want);
@@ -225,6 +227,41 @@ fn only_settings_that_differ_are_asked_for_and_all_are_read_back() {
         kernel.vf_config(&facts, 5),
         Err(KernelError::NoSuchVf { index: 5, .. })
     ));
+}
+
+#[test]
+fn trust_comes_after_what_it_might_loosen_and_the_rate_last() {
+    let host = Emulated::new();
+    let kernel = host.kernel();
+    kernel.set_num_vfs(pf(), 1).unwrap();
+    let facts = kernel.physical_function(pf()).unwrap();
+    let service = VlanTag {
+        protocol: VlanProtocol::Ieee8021Ad,
+        ..VlanTag::new(7, 0)
+    };
+    let want = VfConfig {
+        mac: MacAddr([2, 0, 0, 0, 0, 0xaa]),
+        vlan: Some(service),
+        spoof_check: false,
+        trust: true,
+        link_state: LinkState::Disable,
+        rate: TxRate { min: 10, max: 500 },
+    };
+    kernel.set_vf_config(&facts, 0, &want).unwrap();
+    assert_eq!(kernel.vf_config(&facts, 0).unwrap(), want);
+    assert_eq!(
+        host.netlink_orders(),
+        [
+            "MAC 02:00:00:00:00:aa",
+            "VLAN 7 qos 0 802.1ad",
+            "spoof check off",
+            "link state Disable",
+            "trust on",
+            "transmit rate min 10 Mbit/s, max 500 Mbit/s",
+        ]
+    );
+    kernel.set_vf_config(&facts, 0, &VfConfig::CLEAN).unwrap();
+    assert_eq!(kernel.vf_config(&facts, 0).unwrap(), VfConfig::CLEAN);
 }
 
 #[test]

@@ -1,18 +1,19 @@
 use std::collections::BTreeMap;
 
-use common::api::VFClaim;
+use common::api::{LinkState, VFClaim};
 use kube::runtime::reflector::ObjectRef;
 
 use super::*;
-use crate::kernel::{MacAddr, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VlanTag};
 use crate::node::ledger::VfKey;
 use crate::node::test_stage::Stage;
 
 const GRANTED: VfConfig = VfConfig {
     mac: MacAddr([2, 0, 0, 0, 0, 1]),
-    vlan: Some(VlanTag { id: 100, qos: 0 }),
+    vlan: Some(VlanTag::new(100, 0)),
     spoof_check: true,
     trust: false,
+    ..VfConfig::CLEAN
 };
 
 fn entry(uid: &str, index: u16, attached: bool) -> Entry {
@@ -95,6 +96,20 @@ fn a_drift_says_what_was_done_and_whether_it_is_a_breach() {
         ..GRANTED
     };
     assert!(!Drift::of(true, &GRANTED, mac).unwrap().is_breach());
+    let limited = VfConfig {
+        link_state: LinkState::Disable,
+        rate: TxRate { min: 0, max: 500 },
+        ..GRANTED
+    };
+    // igb forgets its rates when the speed of its link changes.
+    let forgotten = Drift::of(true, &limited, GRANTED).unwrap();
+    assert!(!forgotten.is_breach());
+    assert!(
+        forgotten
+            .to_string()
+            .contains("its link state and transmit rate was not as granted"),
+        "{forgotten}"
+    );
     assert_eq!(Drift::of(true, &GRANTED, GRANTED), None);
 }
 

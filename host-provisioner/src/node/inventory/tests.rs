@@ -4,7 +4,7 @@ use common::api::{ClaimRef, VfState, condition};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
-use crate::kernel::{Kernel as _, MacAddr};
+use crate::kernel::{Eswitch, Kernel as _, MacAddr};
 use crate::node::pool::{Holder, PfInput};
 
 fn now() -> Time {
@@ -113,6 +113,13 @@ fn a_new_object_is_not_managed() {
 }
 
 #[test]
+fn what_can_be_set_is_not_said_of_a_driver_that_nobody_knows() {
+    let mut pool = input(0);
+    pool.facts.driver = Some("sfc".to_owned());
+    assert_eq!(report(pool).capabilities, None);
+}
+
+#[test]
 fn a_report_shows_the_pool() {
     let mut pool = input(7);
     pool.vfs[1].driver = Some("igbvf".to_owned());
@@ -140,6 +147,9 @@ fn a_report_shows_the_pool() {
         ),
         (5, 1, 1)
     );
+    let can = status.capabilities.unwrap();
+    assert!(can.vlan && can.trust && !can.link_disable && !can.vlan_8021ad);
+    assert_eq!(can.max_tx_rate_from_mbps, Some(1));
     assert_eq!(status.vfs.len(), 7);
     assert_eq!(status.vfs[0].state, VfState::Attached);
     assert_eq!(status.vfs[0].claim_ref.as_ref().unwrap().name, "c");
@@ -155,7 +165,12 @@ fn readiness_gives_the_reason() {
         pool.facts.in_use_by_host = Some("default route via ens1f0".to_owned());
     };
     type Edit = fn(&mut PfInput);
-    let edits: [(Edit, &str, &str); 6] = [
+    let edits: [(Edit, &str, &str); 7] = [
+        (
+            |pool| pool.facts.eswitch = Some(Eswitch::Switchdev),
+            reason::UNSUPPORTED_DRIVER,
+            "mode legacy",
+        ),
         (
             |pool| pool.managed = false,
             reason::NOT_MANAGED,

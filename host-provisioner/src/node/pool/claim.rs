@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use common::api::{ClaimRef, GrantedNetwork, PfSelector, VFClaim};
 use thiserror::Error;
 
-use crate::kernel::{MacAddr, MacError, VfConfig, VlanTag};
+use crate::kernel::{MacAddr, MacError, TxRate, VfConfig, VlanTag};
 use crate::node::ledger::{Entry, Ledger, VfKey, claim_ref};
 
 use super::Choice;
@@ -137,8 +137,14 @@ pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
         vlan: granted.vlan.as_ref().map(|vlan| VlanTag {
             id: vlan.id,
             qos: vlan.qos.unwrap_or(0),
+            protocol: vlan.protocol.unwrap_or_default(),
         }),
         spoof_check: granted.spoof_check,
         trust: granted.trust,
+        link_state: granted.link_state,
+        rate: TxRate {
+            min: granted.min_tx_rate_mbps.unwrap_or(0),
+            max: granted.max_tx_rate_mbps.unwrap_or(0),
+        },
     })
 }

@@ -22,6 +22,8 @@ pub enum Refusal {
     Stuck(Stuck),
     /// No backend for the kernel driver, or no driver.
     NoBackend(Option<String>),
+    /// Its backend serves nobody with it as it is set up; why, and what to do.
+    Unserviceable(&'static str),
     Unsupported(Unsupported),
     MacInUse {
         mac: MacAddr,
@@ -71,7 +73,7 @@ impl Refusal {
             Self::NotManaged => reason::NOT_MANAGED,
             Self::InUseByHost(_) => reason::IN_USE_BY_HOST,
             Self::Stuck(_) => reason::BROKEN,
-            Self::NoBackend(_) => reason::UNSUPPORTED_DRIVER,
+            Self::NoBackend(_) | Self::Unserviceable(_) => reason::UNSUPPORTED_DRIVER,
             Self::Unsupported(_) => reason::UNSUPPORTED_SETTING,
             Self::MacInUse { .. } => reason::MAC_IN_USE,
             Self::NotIsolated(_) => reason::NOT_ISOLATED,
@@ -84,7 +86,7 @@ impl Refusal {
     const fn nearness(&self) -> u8 {
         match self {
             Self::NotManaged => 0,
-            Self::NoBackend(_) => 1,
+            Self::NoBackend(_) | Self::Unserviceable(_) => 1,
             Self::InUseByHost(_) => 2,
             Self::Stuck(_) => 3,
             Self::Unsupported(_) => 4,
@@ -117,6 +119,7 @@ impl Refusal {
             Self::NoBackend(Some(driver)) => {
                 format!("{pf} has the kernel driver {driver}, which is not supported")
             }
+            Self::Unserviceable(words) => format!("{pf} serves no claim: {words}"),
             Self::Unsupported(what) => format!(
                 "{pf} cannot do what was asked: {what}; ask for less or choose another class"
             ),

@@ -3,11 +3,11 @@
 mod properties;
 mod refusals;
 
-use common::api::{ClaimRef, GrantedNetwork, VFClaim, reason};
+use common::api::{ClaimRef, GrantedNetwork, LinkState, VFClaim, VlanProtocol, reason};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
-use crate::kernel::{Kernel as _, MacAddr, Stuck, VfConfig, VfFacts, VlanTag};
+use crate::kernel::{Kernel as _, MacAddr, Stuck, TxRate, VfConfig, VfFacts, VlanTag};
 
 pub(super) const PF1: &str = "0000:01:00.0";
 pub(super) const PF2: &str = "0000:02:00.0";
@@ -405,14 +405,36 @@ fn a_resize_is_applied_when_idle_and_waits_else() {
 fn granted_settings_become_the_kernels() {
     let granted = GrantedNetwork {
         mac_address: "02:00:00:00:00:AA".to_owned(),
-        vlan: Some(common::api::Vlan { id: 100, qos: None }),
+        vlan: Some(common::api::Vlan {
+            id: 100,
+            ..Default::default()
+        }),
         spoof_check: true,
         trust: true,
+        link_state: LinkState::Disable,
+        min_tx_rate_mbps: None,
+        max_tx_rate_mbps: Some(500),
     };
     let config = wanted_config(&granted).unwrap();
-    assert_eq!(config.mac, mac(0xaa));
-    assert_eq!(config.vlan, Some(VlanTag { id: 100, qos: 0 }));
-    assert!(config.spoof_check && config.trust);
+    let expected = VfConfig {
+        mac: mac(0xaa),
+        vlan: Some(VlanTag::new(100, 0)),
+        spoof_check: true,
+        trust: true,
+        link_state: LinkState::Disable,
+        rate: TxRate { min: 0, max: 500 },
+    };
+    assert_eq!(config, expected);
+    let service = GrantedNetwork {
+        vlan: Some(common::api::Vlan {
+            id: 100,
+            qos: Some(3),
+            protocol: Some(VlanProtocol::Ieee8021Ad),
+        }),
+        ..granted.clone()
+    };
+    let tag = wanted_config(&service).unwrap().vlan.unwrap();
+    assert_eq!(tag.to_string(), "100 qos 3 802.1ad");
     let bad = GrantedNetwork {
         mac_address: "02:00:00:00:00".to_owned(),
         ..granted

@@ -88,6 +88,8 @@ pub struct PfView {
     pub desired: Option<u16>,
     /// What its backend can; `None`: there is no backend for it.
     pub capabilities: Option<Capabilities>,
+    /// Why its backend serves nobody with it, as it is set up.
+    pub unserviceable: Option<&'static str>,
     /// By index; VFs that exist and VFs that are promised.
     pub vfs: Vec<VfView>,
     /// A write about the PF itself has not come back.
@@ -127,8 +129,10 @@ impl PfView {
             }
         }
         vfs.sort_by_key(|vf| vf.index);
+        let driver = driver_for(&input.facts);
         Self {
-            capabilities: driver_for(&input.facts).map(|driver| driver.capabilities()),
+            capabilities: driver.map(|driver| driver.capabilities(&input.facts)),
+            unserviceable: driver.and_then(|driver| driver.unserviceable(&input.facts)),
             name: input.name,
             managed: input.managed,
             desired: input.desired,

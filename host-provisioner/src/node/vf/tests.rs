@@ -5,7 +5,7 @@ use common::api::DeviceStatus;
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, Write, igb_pf};
-use crate::kernel::{MacAddr, VlanTag};
+use crate::kernel::{MacAddr, TxRate, VlanTag};
 
 const MAC: MacAddr = MacAddr([2, 0x5f, 0, 0, 0, 1]);
 
@@ -26,9 +26,10 @@ fn filled() -> (FakeKernel, PfFacts, VfFacts) {
 fn wanted() -> VfConfig {
     VfConfig {
         mac: MAC,
-        vlan: Some(VlanTag { id: 100, qos: 0 }),
+        vlan: Some(VlanTag::new(100, 0)),
         spoof_check: true,
         trust: true,
+        ..VfConfig::CLEAN
     }
 }
 
@@ -224,4 +225,97 @@ fn a_driver_without_a_backend_is_named() {
     };
     let error = create(&kernel, &pf, 1).unwrap_err().to_string();
     assert!(error.contains("tg3"), "{error}");
+}
+
+/// What the link's new speed made igb forget is set again; what the new speed does not allow
+/// is refused in words.
+#[test]
+fn a_rate_that_the_link_forgot_is_set_again_as_far_as_it_goes() {
+    let (kernel, pf, _) = filled();
+    let limited = VfConfig {
+        rate: TxRate { min: 0, max: 100 },
+        ..wanted()
+    };
+    prepare(&kernel, &pf, &device(2), &limited).unwrap();
+    let up = kernel.physical_function(pf.address).unwrap();
+    assert_eq!(drift(&kernel, &up, 2, &limited).unwrap(), None);
+    kernel.give_link(pf.address, 100);
+    let forgotten = drift(&kernel, &up, 2, &limited).unwrap().unwrap();
+    assert_eq!(forgotten.settings, ["transmit rate"]);
+    repair(&kernel, &up, 2, &limited).unwrap();
+    assert_eq!(drift(&kernel, &up, 2, &limited).unwrap(), None);
+    kernel.give_link(pf.address, 10);
+    let refused = repair(&kernel, &up, 2, &limited).unwrap_err();
+    assert!(
+        refused.to_string().contains("up to the link's speed"),
+        "{refused}"
+    );
+}
+
+/// What a guest does to its VF of an ice or i40e, or a change of ours, must not make its claim
+/// look disturbed.
+#[test]
+fn a_vf_that_is_being_reset_is_read_when_it_is_back() {
+    let (_, igb) = stage();
+    let pf = PfFacts {
+        driver: Some("ice".to_owned()),
+        ..igb
+    };
+    let kernel = FakeKernel::new([pf.clone()]);
+    create(&kernel, &pf, 2).unwrap();
+    let vf = find(&kernel, &pf, 1).unwrap().unwrap();
+    kernel.slow_resets(pf.address, 2);
+    let up = kernel.physical_function(pf.address).unwrap();
+    prepare(&kernel, &pf, &device(1), &wanted()).unwrap();
+    kernel.reset_function(vf.address).unwrap();
+    assert!(kernel.vf_config(&pf, 1).is_err(), "the kernel says nothing");
+    assert_eq!(drift(&kernel, &up, 1, &wanted()).unwrap(), None);
+    // One that there is not is said at once.
+    let gone = settings(&kernel, &pf, 5).unwrap_err();
+    assert!(matches!(
+        gone,
+        VfError::Kernel(KernelError::NoSuchVf { index: 5, .. })
+    ));
+}
+
+/// An edit of an attached claim reaches the VF as a repair does: what differs is written and
+/// nothing else, and its group is never touched.
+#[test]
+fn granted_anew_only_what_differs_is_written() {
+    let (kernel, pf, vf) = filled();
+    let before = VfConfig {
+        trust: false,
+        ..wanted()
+    };
+    prepare(&kernel, &pf, &device(2), &before).unwrap();
+    let _guest = kernel.hold_group(vf.iommu_group.unwrap()).unwrap();
+    let written = kernel.writes().len();
+    let after = VfConfig {
+        vlan: Some(VlanTag::new(200, 3)),
+        trust: true,
+        rate: TxRate { min: 0, max: 500 },
+        ..before
+    };
+    let up = kernel.physical_function(pf.address).unwrap();
+    assert_eq!(
+        drift(&kernel, &up, 2, &after).unwrap().unwrap().settings,
+        ["VLAN", "trust", "transmit rate"]
+    );
+    repair(&kernel, &up, 2, &after).unwrap();
+    let settings: Vec<String> = kernel.writes()[written..]
+        .iter()
+        .map(|write| match write {
+            Write::VfSetting { setting, value, .. } => format!("{setting} {value}"),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(
+        settings,
+        [
+            "VLAN 200 qos 3",
+            "trust on",
+            "transmit rate min none, max 500 Mbit/s"
+        ]
+    );
+    assert_eq!(kernel.violations(), Vec::<String>::new());
 }

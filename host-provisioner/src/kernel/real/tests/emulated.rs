@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::kernel::netlink::{Link, NetUse, Netlink, VfSetting};
 use crate::kernel::sysfs::{Attributes, Files};
-use crate::kernel::{KernelError, MacAddr, RealKernel, Roots, VFIO_PCI, VfConfig};
+use crate::kernel::{Eswitch, KernelError, MacAddr, RealKernel, Roots, VFIO_PCI, VfConfig};
 
 pub const PF: &str = "0000:01:00.0";
 const TOTAL: u16 = 7;
@@ -328,8 +328,14 @@ impl Netlink for Emulated {
             VfSetting::SpoofCheck(on) => config.spoof_check = on,
             VfSetting::Trust(_) if ignore => {}
             VfSetting::Trust(on) => config.trust = on,
+            VfSetting::LinkState(state) => config.link_state = state,
+            VfSetting::Rate(rate) => config.rate = rate,
         }
         Ok(())
+    }
+
+    fn eswitch(&self, _: PciAddress) -> Result<Option<Eswitch>, KernelError> {
+        Ok(None)
     }
 
     fn is_up(&self, _: &str) -> Result<bool, KernelError> {

@@ -5,11 +5,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
+use common::api::{LinkState, VlanProtocol};
 use nix::sched::{CloneFlags, unshare};
 
 use super::emulated::{Emulated, PF};
 use crate::kernel::netlink::{Netlink as _, RtNetlink, VfSetting};
-use crate::kernel::{Kernel as _, KernelError, MacAddr, RealKernel};
+use crate::kernel::{Kernel as _, KernelError, MacAddr, RealKernel, TxRate, VlanTag};
 
 /// Runs `test` on a thread that is alone in a new network namespace.
 fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
@@ -140,11 +141,24 @@ fn a_vf_that_is_not_there_is_said_so_and_a_setting_keeps_its_errno() {
             kernel.vf_config(&facts, 0),
             Err(KernelError::NoSuchVf { index: 0, .. })
         ));
-        // A veth has no VF operations.
-        let error = RtNetlink
-            .set_vf("enp1s0", 0, VfSetting::Trust(true))
-            .unwrap_err();
-        assert_eq!(error.errno(), Some(libc::EOPNOTSUPP), "{error}");
-        assert!(error.to_string().contains("set trust of VF 0"), "{error}");
+        // A veth has no VF operations, which is said only when a request was understood.
+        let service = VlanTag {
+            protocol: VlanProtocol::Ieee8021Ad,
+            ..VlanTag::new(100, 3)
+        };
+        for (setting, words) in [
+            (VfSetting::Trust(true), "set trust of VF 0"),
+            (VfSetting::Vlan(Some(VlanTag::new(100, 3))), "to 100 qos 3"),
+            (VfSetting::Vlan(Some(service)), "to 100 qos 3 802.1ad"),
+            (VfSetting::LinkState(LinkState::Disable), "to Disable"),
+            (
+                VfSetting::Rate(TxRate { min: 0, max: 500 }),
+                "eswitch mode does not allow it",
+            ),
+        ] {
+            let error = RtNetlink.set_vf("enp1s0", 0, setting).unwrap_err();
+            assert_eq!(error.errno(), Some(libc::EOPNOTSUPP), "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
     });
 }

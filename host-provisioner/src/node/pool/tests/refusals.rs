@@ -1,6 +1,7 @@
 //! Each refusal has its reason and says what to do.
 
 use super::*;
+use crate::kernel::Eswitch;
 
 #[test]
 fn no_matching_pf() {
@@ -39,7 +40,7 @@ fn the_nodes_own_pf_is_refused_though_it_is_managed() {
 
 #[test]
 fn a_driver_without_a_backend_is_refused() {
-    for driver in [None, Some("bnxt_en".to_owned())] {
+    for driver in [None, Some("sfc".to_owned())] {
         let mut pool = input(PF1, 7);
         pool.facts.driver = driver;
         assert_eq!(refused(pool, &wish("a")).0, reason::UNSUPPORTED_DRIVER);
@@ -47,14 +48,36 @@ fn a_driver_without_a_backend_is_refused() {
 }
 
 #[test]
+fn an_eswitch_in_switchdev_mode_serves_nobody() {
+    let mut pool = input(PF1, 7);
+    pool.facts.driver = Some("mlx5_core".to_owned());
+    pool.facts.eswitch = Some(Eswitch::Switchdev);
+    let (why, words) = refused(pool.clone(), &wish("a"));
+    assert_eq!(why, reason::UNSUPPORTED_DRIVER);
+    assert!(
+        words.contains("eswitch set pci/ADDRESS mode legacy"),
+        "{words}"
+    );
+    // Nor is its number of VFs changed.
+    pool.desired = Some(3);
+    assert_eq!(resize(&PfView::new(pool.clone())), Resize::Keep);
+    pool.facts.eswitch = Some(Eswitch::Legacy);
+    assert!(choose(&[PfView::new(pool)], &wish("a")).is_ok());
+}
+
+#[test]
 fn a_setting_that_the_driver_does_not_have_is_refused() {
     let mut view = PfView::new(input(PF1, 7));
-    view.capabilities.as_mut().unwrap().trust = false;
+    view.capabilities.as_mut().unwrap().settings.trust = false;
     let mut wish = wish("a");
     wish.config.trust = true;
     let error = choose(&[view], &wish).unwrap_err();
     assert_eq!(error.reason(), reason::UNSUPPORTED_SETTING);
-    assert!(error.message().contains("cannot set trust"), "{error:?}");
+    let words = error.message();
+    assert!(
+        words.contains("driver igb cannot set trust; it can set a MAC address, a VLAN"),
+        "{words}"
+    );
 }
 
 #[test]
