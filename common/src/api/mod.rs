@@ -20,7 +20,7 @@ pub use guest_cluster::{
 pub use network::{ClassNetwork, GrantedNetwork, NetworkField, NetworkRequest, Vlan};
 pub use physical_function::{
     ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCounts, VfState,
-    VfStatus,
+    VfStatus, WithheldReason, WithheldVf,
 };
 pub use sriov_node::{IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{

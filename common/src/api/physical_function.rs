@@ -62,6 +62,44 @@ pub struct PhysicalFunctionSpec {
     #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub num_vfs: Option<u16>,
+    /// VFs that nobody gets though no claim has them, by index. Written by the
+    /// controller as their claims go; an administrator takes an entry out to
+    /// give the VF back, which is reset before anybody gets it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["vfIndex"])
+    )]
+    pub withheld: Vec<WithheldVf>,
+}
+
+impl PhysicalFunctionSpec {
+    /// The entry of the VF of that index.
+    #[must_use]
+    pub fn withheld(&self, vf_index: u16) -> Option<&WithheldVf> {
+        self.withheld.iter().find(|vf| vf.vf_index == vf_index)
+    }
+}
+
+/// A VF that nobody gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WithheldVf {
+    /// Index as in the kernel's `virtfn<index>`.
+    pub vf_index: u16,
+    pub reason: WithheldReason,
+    /// The claim that had it last.
+    pub claim: ClaimRef,
+}
+
+/// Why a VF is withheld.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum WithheldReason {
+    /// It is to go: the PF has one VF less as soon as none of them is in use.
+    Destroyed,
+    /// It is kept as its last holder left it, until an administrator takes the
+    /// entry out. Nor is the number of VFs changed before that.
+    Retained,
 }
 
 /// A debounced report: it can be rebuilt from the kernel and the claims.
@@ -119,6 +157,8 @@ pub struct VfCounts {
     pub foreign: u16,
     #[serde(default)]
     pub broken: u16,
+    #[serde(default)]
+    pub retired: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -147,6 +187,8 @@ pub enum VfState {
     Foreign,
     /// The kernel has not come back from a write about it: nobody gets it until it has.
     Broken,
+    /// No claim names it and `spec.withheld` does: nobody gets it.
+    Retired,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -141,6 +141,30 @@ async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
             .await;
         refused(&patch.to_string(), done, says);
     }
+    let gone = json!({"namespace": "claims", "name": "vfc-1", "uid": "u"});
+    let entry =
+        |index: i64, reason: &str| json!({"vfIndex": index, "reason": reason, "claim": gone});
+    for (entries, says) in [
+        (json!([entry(0, "Lost")]), "Unsupported value"),
+        (json!([entry(-1, "Retained")]), "greater than or equal to 0"),
+        (
+            json!([{"vfIndex": 0, "reason": "Retained"}]),
+            "Required value",
+        ),
+        (
+            json!([entry(3, "Retained"), entry(3, "Destroyed")]),
+            "Duplicate value",
+        ),
+        (
+            (0..257).map(|i| entry(i, "Retained")).collect(),
+            "at most 256 items",
+        ),
+    ] {
+        let made = with(&base, &[("withheld", entries)]);
+        create_refused(&api, "PhysicalFunction", made, says).await;
+    }
+    let kept = with(&base, &[("withheld", json!([entry(3, "Retained")]))]);
+    create_accepted(&api, "PhysicalFunction", kept).await;
     let consent = json!({"spec": {"managed": true, "numVFs": 7}});
     api.patch("pf", &PatchParams::default(), &Patch::Merge(&consent))
         .await

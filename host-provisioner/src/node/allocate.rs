@@ -110,6 +110,7 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
                 vfs: snapshot.vfs.clone(),
                 managed: object.as_ref().is_some_and(|o| o.spec.managed),
                 desired: object.as_ref().and_then(|o| o.spec.num_vfs),
+                withheld: object.map(|o| o.spec.withheld.clone()).unwrap_or_default(),
                 holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),

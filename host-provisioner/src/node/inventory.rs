@@ -83,6 +83,7 @@ pub fn new_spec(node: &str, pf: &PfFacts) -> PhysicalFunctionSpec {
         identity: pf.identity.clone(),
         managed: false,
         num_vfs: None,
+        withheld: Vec::new(),
     }
 }
 
@@ -260,6 +261,9 @@ fn pool_words(view: &PfView) -> String {
             ", {} broken: the kernel has not come back from a write about them",
             counts.broken
         );
+    }
+    if counts.retired > 0 {
+        words += &format!(", {} withheld", counts.retired);
     }
     if let Some(asked) = view.desired.filter(|asked| *asked > view.facts.total_vfs) {
         words += &format!(

@@ -204,7 +204,11 @@ fn new_vf(pf: &PfView, wish: &Wish, growth: Growth) -> Result<Choice, Refusal> {
         Growth::AllAtOnce => pool_size(pf, wish),
         Growth::OneByOne => pf.facts.total_vfs,
     };
-    let index = (0..limit).find(|index| !pf.vfs.iter().any(|vf| vf.index == *index));
+    let taken = |index: u16| {
+        pf.vfs.iter().any(|vf| vf.index == index)
+            || pf.withheld.iter().any(|entry| entry.vf_index == index)
+    };
+    let index = (0..limit).find(|index| !taken(*index));
     let Some(index) = index.filter(|_| may_grow) else {
         return Err(no_free_vf(pf));
     };
@@ -264,7 +268,8 @@ fn pool_size(pf: &PfView, wish: &Wish) -> u16 {
 fn no_free_vf(pf: &PfView) -> Refusal {
     Refusal::NoFreeVf {
         existing: pf.existing().count(),
-        foreign: others(pf).count(),
+        foreign: foreign(pf),
+        withheld: usize::from(pf.counts().retired),
         total: pf.facts.total_vfs,
         holders: pf.holders().cloned().collect(),
     }
@@ -274,6 +279,11 @@ fn no_free_vf(pf: &PfView) -> Refusal {
 fn others(pf: &PfView) -> impl Iterator<Item = &VfView> {
     let unclaimed = pf.vfs.iter().filter(|vf| vf.holders.is_empty());
     unclaimed.filter(|vf| vf.state != VfState::Free)
+}
+
+/// VFs that somebody else on the host keeps from being free.
+fn foreign(pf: &PfView) -> usize {
+    others(pf).filter(|vf| vf.state != VfState::Retired).count()
 }
 
 /// What is to be done about `spec.numVFs` now.

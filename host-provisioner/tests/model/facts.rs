@@ -314,6 +314,7 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         vfs,
         managed: true,
         desired: None,
+        withheld: Vec::new(),
         holders,
         probes,
         macs: BTreeMap::new(),

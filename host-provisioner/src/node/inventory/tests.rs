@@ -24,6 +24,7 @@ fn input(vfs: u16) -> PfInput {
         vfs: kernel.virtual_functions(facts().address).unwrap(),
         managed: true,
         desired: None,
+        withheld: Vec::new(),
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),

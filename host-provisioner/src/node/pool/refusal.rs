@@ -34,6 +34,8 @@ pub enum Refusal {
         existing: usize,
         /// Of them, those that no claim has and that are not ours to give.
         foreign: usize,
+        /// Of them, those that `spec.withheld` keeps from everybody.
+        withheld: usize,
         /// VFs that it could have.
         total: u16,
         holders: Vec<Holder>,
@@ -129,9 +131,13 @@ impl Refusal {
             Self::NoFreeVf {
                 existing,
                 foreign,
+                withheld,
                 total,
                 holders,
-            } => no_free_vf(pf, *existing, *foreign, *total, &names.list(holders)),
+            } => {
+                let counts = (*existing, *foreign, *withheld);
+                no_free_vf(pf, counts, *total, &names.list(holders))
+            }
             Self::BeingMade => format!(
                 "the VFs of {pf} are being made for a claim of another VM; this claim goes on by \
                  itself when they exist"
@@ -140,13 +146,21 @@ impl Refusal {
     }
 }
 
-fn no_free_vf(pf: &str, existing: usize, foreign: usize, total: u16, holders: &str) -> String {
+fn no_free_vf(
+    pf: &str,
+    (existing, foreign, withheld): (usize, usize, usize),
+    total: u16,
+    holders: &str,
+) -> String {
     let mut words = format!("{pf} has no free VF: {existing} of at most {total} exist");
     if !holders.is_empty() {
         words += &format!(", held by {holders}");
     }
     if foreign > 0 {
         words += &format!(", {foreign} in use by something else on the host");
+    }
+    if withheld > 0 {
+        words += &format!(", {withheld} withheld since their claims went");
     }
     if existing < usize::from(total) {
         words += ". More can be made only while none of them is in use";

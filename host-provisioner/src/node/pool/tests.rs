@@ -2,6 +2,7 @@
 
 mod properties;
 mod refusals;
+mod withheld;
 
 use common::api::{ClaimRef, GrantedNetwork, VFClaim, reason};
 
@@ -59,6 +60,7 @@ pub(super) fn input(pf: &str, vfs: u16) -> PfInput {
         vfs: kernel.virtual_functions(facts.address).unwrap(),
         managed: true,
         desired: None,
+        withheld: Vec::new(),
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),

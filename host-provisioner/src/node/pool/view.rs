@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use common::api::{VfCounts, VfState};
+use common::api::{VfCounts, VfState, WithheldReason, WithheldVf};
 use common::pci::PciAddress;
 
 use crate::driver::{Capabilities, driver_for};
@@ -50,8 +50,10 @@ pub struct VfView {
     pub iommu_group: Option<u32>,
     pub group_members: Vec<PciAddress>,
     pub state: VfState,
-    /// Set if and only if `state` is `Foreign`.
+    /// Set if `state` is `Foreign`, and where a `Retired` one would be.
     pub foreign: Option<ForeignReason>,
+    /// Set if and only if `state` is `Retired`.
+    pub withheld: Option<WithheldReason>,
     /// The claims that name it: one, unless something broke the rule.
     pub holders: Vec<Holder>,
     /// The MAC that the kernel reports, where it was asked.
@@ -69,6 +71,8 @@ pub struct PfInput {
     pub managed: bool,
     /// `spec.numVFs`.
     pub desired: Option<u16>,
+    /// `spec.withheld`.
+    pub withheld: Vec<WithheldVf>,
     /// The claims whose `status.device` names this PF.
     pub holders: Vec<Holder>,
     /// Probes of the groups that [`groups_to_probe`] asked for.
@@ -86,6 +90,8 @@ pub struct PfView {
     pub facts: PfFacts,
     pub managed: bool,
     pub desired: Option<u16>,
+    /// `spec.withheld`, of VFs that exist and of others.
+    pub withheld: Vec<WithheldVf>,
     /// What its backend can; `None`: there is no backend for it.
     pub capabilities: Option<Capabilities>,
     /// By index; VFs that exist and VFs that are promised.
@@ -132,6 +138,7 @@ impl PfView {
             name: input.name,
             managed: input.managed,
             desired: input.desired,
+            withheld: input.withheld,
             stuck: input.stuck.get(&input.facts.address).copied(),
             facts: input.facts,
             vfs,
@@ -161,6 +168,7 @@ impl PfView {
             attached: count(VfState::Attached),
             foreign: count(VfState::Foreign),
             broken: count(VfState::Broken),
+            retired: count(VfState::Retired),
         }
     }
 
@@ -179,8 +187,10 @@ impl PfView {
             let Some(other) = self.vfs.iter().find(|vf| vf.address == Some(*member)) else {
                 return Some(GroupConflict::Stranger(*member));
             };
-            if matches!(other.state, VfState::Foreign | VfState::Broken)
-                || other.holders.iter().any(|holder| holder.vm_uid != vm_uid)
+            if matches!(
+                other.state,
+                VfState::Foreign | VfState::Broken | VfState::Retired
+            ) || other.holders.iter().any(|holder| holder.vm_uid != vm_uid)
             {
                 return Some(GroupConflict::OtherUser(*member));
             }
@@ -209,6 +219,7 @@ fn promised(index: u16, holders: &[Holder]) -> VfView {
         group_members: Vec::new(),
         state: claimed_state(&holders),
         foreign: None,
+        withheld: None,
         holders,
         mac: None,
     }
@@ -239,8 +250,14 @@ fn view(vf: &VfFacts, input: &PfInput) -> VfView {
     } else {
         None
     };
+    let withheld = input
+        .withheld
+        .iter()
+        .find(|entry| entry.vf_index == vf.index && holders.is_empty() && !broken)
+        .map(|entry| entry.reason);
     let state = match &foreign {
         _ if broken => VfState::Broken,
+        _ if withheld.is_some() => VfState::Retired,
         Some(_) => VfState::Foreign,
         None if holders.is_empty() => VfState::Free,
         None => claimed_state(&holders),
@@ -253,6 +270,7 @@ fn view(vf: &VfFacts, input: &PfInput) -> VfView {
         group_members: vf.group_members.clone(),
         state,
         foreign,
+        withheld,
         holders,
         mac: input.macs.get(&vf.index).copied(),
     }
