@@ -74,10 +74,15 @@ pub struct PhysicalFunctionSpec {
 }
 
 impl PhysicalFunctionSpec {
-    /// The entry of the VF of that index.
+    /// Whether the VF of that index is withheld for this reason, or is retained,
+    /// which keeps it from more. The claim does not matter: an index is withheld
+    /// once, also where two claims named it.
     #[must_use]
-    pub fn withheld(&self, vf_index: u16) -> Option<&WithheldVf> {
-        self.withheld.iter().find(|vf| vf.vf_index == vf_index)
+    pub fn withholds(&self, vf_index: u16, reason: WithheldReason) -> bool {
+        self.withheld.iter().any(|vf| {
+            vf.vf_index == vf_index
+                && (vf.reason == reason || vf.reason == WithheldReason::Retained)
+        })
     }
 }
 

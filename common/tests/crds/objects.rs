@@ -14,10 +14,12 @@ async fn classes_have_defaults_and_bounds() {
     assert_eq!(made.data["spec"]["allowedOverrides"], json!(["MacAddress"]));
     assert_eq!(made.data["spec"]["pfSelector"], json!({}));
     assert_eq!(made.data["spec"]["network"], json!({}));
+    assert_eq!(made.data["spec"]["reclaimPolicy"], json!("Return"));
     let base = json!({"pfSelector": {}, "network": {"vlan": {"id": 1}}});
     for (path, value, says) in [
         ("numVFs", json!(0), "greater than or equal to 1"),
         ("numVFs", json!(65536), "less than or equal to 65535"),
+        ("reclaimPolicy", json!("Keep"), "Unsupported value"),
         (
             "allowedOverrides",
             json!(["Everything"]),

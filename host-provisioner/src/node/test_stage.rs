@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::api::{PhysicalFunction, VFClaim, VFClaimSpec, host_claim_name};
+use common::api::{
+    PhysicalFunction, PhysicalFunctionSpec, ReclaimPolicy, VFClaim, VFClaimSpec, host_claim_name,
+};
 use common::kube::Backoff;
 use common::kube::events::Events;
 use common::pci::PciAddress;
@@ -79,6 +81,10 @@ pub(super) struct Stage {
     pub(super) agent: Arc<Agent>,
     pub(super) kernel: FakeKernel,
     pub(super) pf: PfFacts,
+    /// Its object's name.
+    pub(super) function: String,
+    /// What the agent's watch of PhysicalFunctions shows.
+    shown: reflector::store::Writer<PhysicalFunction>,
     /// Claims that the agent has woken.
     pub(super) wakes: mpsc::UnboundedReceiver<ObjectRef<VFClaim>>,
     client: Client,
@@ -100,8 +106,8 @@ impl Stage {
         let name = inventory::physical_function_name(NODE, &pf.identity);
         let mut object = PhysicalFunction::new(&name, inventory::new_spec(NODE, &pf));
         object.spec.managed = true;
-        let (functions, mut writer) = reflector::store();
-        writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
+        let (functions, mut shown) = reflector::store();
+        shown.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
 
         let second = Duration::from_secs(1);
         let (woken, wakes) = mpsc::unbounded_channel();
@@ -131,11 +137,22 @@ impl Stage {
             agent: Arc::new(agent),
             kernel,
             pf,
+            function: name,
+            shown,
             wakes,
             client,
             _server: server,
             proc,
         }
+    }
+
+    /// Changes the PF's spec, as the agent's watch shows it.
+    pub(super) fn respec(&mut self, change: impl FnOnce(&mut PhysicalFunctionSpec)) {
+        let object = self.agent.function(&self.function).unwrap();
+        let mut object = Arc::unwrap_or_clone(object);
+        change(&mut object.spec);
+        self.shown
+            .apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
     }
 
     pub(super) fn claims(&self) -> Api<VFClaim> {
@@ -144,6 +161,11 @@ impl Stage {
 
     /// A claim that the controller has granted and bound to this node.
     pub(super) async fn claim(&self, mac: &str) -> VFClaim {
+        self.claim_of(mac, ReclaimPolicy::Return).await
+    }
+
+    /// Such a claim with another reclaim policy.
+    pub(super) async fn claim_of(&self, mac: &str, policy: ReclaimPolicy) -> VFClaim {
         let uid = mac.replace(':', "");
         let spec: VFClaimSpec = serde_json::from_value(json!({
             "className": "gold",
@@ -162,7 +184,7 @@ impl Stage {
             "hostNode": NODE,
             "admitted": {
                 "observedGeneration": 1, "className": "gold", "classUID": "g",
-                "pfSelector": {}, "network": {
+                "pfSelector": {}, "reclaimPolicy": policy, "network": {
                     "macAddress": mac, "spoofCheck": true, "trust": false,
                 },
             },

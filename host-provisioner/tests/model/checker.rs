@@ -7,7 +7,7 @@ use stateright::{Model, Property};
 
 use crate::agent::{self, Luck};
 use crate::world::{At, Breach, Process, Setting, Slot, World};
-use crate::{clusters, moments, nature, settle};
+use crate::{clusters, decisions, moments, nature, settle};
 
 /// Something that happens. Its name and its place are what a trace shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,7 +127,7 @@ pub fn happen(setting: &Setting, world: &mut World, action: Action) -> bool {
         Action::RequestLands(slot) => match world.wire[slot].take() {
             None => false,
             Some(write) => {
-                agent::land(setting, world, slot, write);
+                decisions::land(setting, world, slot, write);
                 true
             }
         },

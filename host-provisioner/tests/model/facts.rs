@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use common::api::{
     Admitted, AttachmentStatus, DeviceStatus, GrantedNetwork, GuestRef, HOST_FINALIZER, Launcher,
-    PfSelector, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef, host_claim_name,
+    PfSelector, ReclaimPolicy, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef,
+    host_claim_name,
 };
 use common::pci::{PciAddress, PciId};
 use host_provisioner::controller::admit::derived_mac;
@@ -95,6 +96,7 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
             class_uid: "class".into(),
             pf_selector: PfSelector::default(),
             num_vfs: None,
+            reclaim_policy: ReclaimPolicy::Return,
             network: GrantedNetwork {
                 mac_address: derived_mac(guest_uid),
                 vlan: None,

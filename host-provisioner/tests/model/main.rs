@@ -15,6 +15,7 @@ mod agent;
 mod checker;
 mod cluster_facts;
 mod clusters;
+mod decisions;
 mod facts;
 mod host;
 mod moments;

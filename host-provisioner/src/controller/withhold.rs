@@ -1,0 +1,59 @@
+//! What a `PhysicalFunction` withholds: which VFs are to be entered before their claims let go
+//! of them. Pure.
+
+use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldVf};
+use kube::ResourceExt as _;
+
+/// An entry that is due in the `PhysicalFunction` of this name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Withhold {
+    pub physical_function: String,
+    pub entry: WithheldVf,
+}
+
+/// The entry that a claim needs: it is going, has a VF still, and was granted that the VF does
+/// not go back to the pool.
+///
+/// It is due as soon as the claim is going, which is not taken back, so that its VF need not
+/// wait once the guest has let go of it. Until then the claim itself has the VF.
+#[must_use]
+pub fn due(claim: &VFClaim) -> Option<Withhold> {
+    claim.metadata.deletion_timestamp.as_ref()?;
+    let status = claim.status.as_ref()?;
+    let device = status.device.as_ref()?;
+    let reason = status.admitted.as_ref()?.reclaim_policy.withholds()?;
+    Some(Withhold {
+        physical_function: device.physical_function.clone(),
+        entry: WithheldVf {
+            vf_index: device.vf_index,
+            reason,
+            claim: ClaimRef {
+                namespace: claim.namespace().unwrap_or_default(),
+                name: claim.name_any(),
+                uid: claim.uid().unwrap_or_default(),
+            },
+        },
+    })
+}
+
+/// `spec.withheld` with the entry in it, in the order of the indexes; `None` when the VF is
+/// withheld so already. An index is there once: one that was to be destroyed and is to be
+/// retained now is retained.
+#[must_use]
+pub fn entered(pf: &PhysicalFunction, entry: &WithheldVf) -> Option<Vec<WithheldVf>> {
+    if pf.spec.withholds(entry.vf_index, entry.reason) {
+        return None;
+    }
+    let others = pf.spec.withheld.iter();
+    let mut all: Vec<WithheldVf> = others
+        .filter(|other| other.vf_index != entry.vf_index)
+        .chain([entry])
+        .cloned()
+        .collect();
+    all.sort_by_key(|vf| vf.vf_index);
+    Some(all)
+}
+
+#[cfg(test)]
+#[path = "withhold_tests.rs"]
+mod tests;
