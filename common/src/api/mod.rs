@@ -19,8 +19,8 @@ pub use guest_cluster::{
 };
 pub use network::{ClassNetwork, GrantedNetwork, NetworkField, NetworkRequest, Vlan};
 pub use physical_function::{
-    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCounts, VfState,
-    VfStatus, WithheldReason, WithheldVf,
+    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, ResizeStatus,
+    VfCounts, VfState, VfStatus, WithheldReason, WithheldVf, withheld_in_force, withholds,
 };
 pub use sriov_node::{IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{

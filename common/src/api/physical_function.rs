@@ -58,7 +58,8 @@ pub struct PhysicalFunctionSpec {
     #[serde(default)]
     pub managed: bool,
     /// The number of VFs to have, applied while none of them is in use. Left
-    /// out: the class's, or as many as the device can have.
+    /// out: the class's, or as many as the device can have. VFs that are
+    /// destroyed are missing from it until it is changed or there are none left.
     #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub num_vfs: Option<u16>,
@@ -73,17 +74,37 @@ pub struct PhysicalFunctionSpec {
     pub withheld: Vec<WithheldVf>,
 }
 
-impl PhysicalFunctionSpec {
-    /// Whether the VF of that index is withheld for this reason, or is retained,
-    /// which keeps it from more. The claim does not matter: an index is withheld
-    /// once, also where two claims named it.
+impl PhysicalFunction {
+    /// The entries of `spec.withheld` that are in force, as far as `status` says.
     #[must_use]
-    pub fn withholds(&self, vf_index: u16, reason: WithheldReason) -> bool {
-        self.withheld.iter().any(|vf| {
-            vf.vf_index == vf_index
-                && (vf.reason == reason || vf.reason == WithheldReason::Retained)
-        })
+    pub fn withheld(&self) -> Vec<WithheldVf> {
+        let status = self.status.as_ref();
+        withheld_in_force(&self.spec.withheld, status.and_then(|s| s.resize.as_ref()))
     }
+}
+
+/// The entries that keep their VFs from everybody: all but those whose VFs went
+/// with a change of the count that is complete. Their indexes are other VFs' by now.
+#[must_use]
+pub fn withheld_in_force(
+    withheld: &[WithheldVf],
+    resize: Option<&ResizeStatus>,
+) -> Vec<WithheldVf> {
+    let settled = |vf: &WithheldVf| {
+        vf.reason == WithheldReason::Destroyed
+            && resize.is_some_and(|r| r.complete && r.destroyed.contains(&vf.claim.uid))
+    };
+    withheld.iter().filter(|vf| !settled(vf)).cloned().collect()
+}
+
+/// Whether the VF of that index is withheld for this reason, or is retained,
+/// which keeps it from more. The claim does not matter: an index is withheld
+/// once, also where two claims named it.
+#[must_use]
+pub fn withholds(withheld: &[WithheldVf], vf_index: u16, reason: WithheldReason) -> bool {
+    withheld.iter().any(|vf| {
+        vf.vf_index == vf_index && (vf.reason == reason || vf.reason == WithheldReason::Retained)
+    })
 }
 
 /// A VF that nobody gets.
@@ -140,12 +161,39 @@ pub struct PhysicalFunctionStatus {
     pub num_vfs: u16,
     #[serde(default)]
     pub counts: VfCounts,
+    /// The last change of the count that the agent has begun by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<ResizeStatus>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub vfs: Vec<VfStatus>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
+}
+
+/// A change of the number of VFs. Recorded before the kernel is written, since
+/// afterwards nothing else would tell whose VFs went with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ResizeStatus {
+    /// The count that is made.
+    #[serde(rename = "numVFs")]
+    pub num_vfs: u16,
+    /// The `spec.numVFs` that has been taken in with it; absent: there was none.
+    #[serde(
+        default,
+        rename = "desiredVFs",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub desired_vfs: Option<u16>,
+    /// UIDs of the claims whose destroyed VFs go with it. When it is complete
+    /// the controller takes their entries out of `spec.withheld`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 64)))]
+    pub destroyed: Vec<String>,
+    /// The kernel has been written.
+    pub complete: bool,
 }
 
 /// VFs by state.

@@ -23,6 +23,7 @@ use super::withhold;
 pub(super) type Guarded<K> = DeserializeGuard<K>;
 pub(super) type ClaimKey = ObjectRef<Guarded<VFClaim>>;
 pub(super) type ClusterKey = ObjectRef<Guarded<GuestCluster>>;
+pub(super) type FunctionKey = ObjectRef<Guarded<PhysicalFunction>>;
 
 /// The caches, each fed by its watch.
 #[derive(Clone)]
@@ -30,7 +31,7 @@ pub(super) struct Caches {
     pub(super) claims: Store<Guarded<VFClaim>>,
     pub(super) clusters: Store<Guarded<GuestCluster>>,
     classes: Store<Guarded<VFClass>>,
-    functions: Store<Guarded<PhysicalFunction>>,
+    pub(super) functions: Store<Guarded<PhysicalFunction>>,
     vmis: Store<DynamicObject>,
     /// Every cache has been filled once.
     filled: Arc<AtomicBool>,
@@ -41,6 +42,7 @@ pub(super) struct Caches {
 pub(super) struct Triggers {
     pub(super) claims: UnboundedSender<ClaimKey>,
     pub(super) clusters: UnboundedSender<ClusterKey>,
+    pub(super) functions: UnboundedSender<FunctionKey>,
 }
 
 /// The objects of a cache that could be read.
@@ -201,8 +203,9 @@ impl Caches {
         }
     }
 
-    /// Claims on their way out whose VF it does not withhold yet, or no more.
+    /// Itself, and claims on their way out whose VF it does not withhold yet, or no more.
     fn function_changed(&self, function: &Guarded<PhysicalFunction>, to: &Triggers) {
+        let _ = to.functions.send(ObjectRef::from_obj(function));
         let name = function.name_any();
         self.send_claims(to, |claim| {
             let due = claim.0.as_ref().ok().and_then(withhold::due);

@@ -1,7 +1,7 @@
 //! What a `PhysicalFunction` withholds: which VFs are to be entered before their claims let go
-//! of them. Pure.
+//! of them, and which entries are settled. Pure.
 
-use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldVf};
+use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldVf, withholds};
 use kube::ResourceExt as _;
 
 /// An entry that is due in the `PhysicalFunction` of this name.
@@ -41,17 +41,21 @@ pub fn due(claim: &VFClaim) -> Option<Withhold> {
 /// retained now is retained.
 #[must_use]
 pub fn entered(pf: &PhysicalFunction, entry: &WithheldVf) -> Option<Vec<WithheldVf>> {
-    if pf.spec.withholds(entry.vf_index, entry.reason) {
+    let mut all = pf.withheld();
+    if withholds(&all, entry.vf_index, entry.reason) {
         return None;
     }
-    let others = pf.spec.withheld.iter();
-    let mut all: Vec<WithheldVf> = others
-        .filter(|other| other.vf_index != entry.vf_index)
-        .chain([entry])
-        .cloned()
-        .collect();
+    all.retain(|other| other.vf_index != entry.vf_index);
+    all.push(entry.clone());
     all.sort_by_key(|vf| vf.vf_index);
     Some(all)
+}
+
+/// `spec.withheld` without the entries whose VFs are gone; `None` when there is none of them.
+#[must_use]
+pub fn settled(pf: &PhysicalFunction) -> Option<Vec<WithheldVf>> {
+    let left = pf.withheld();
+    (left.len() < pf.spec.withheld.len()).then_some(left)
 }
 
 #[cfg(test)]

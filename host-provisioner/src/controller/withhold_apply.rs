@@ -1,12 +1,14 @@
 //! Writes what a `PhysicalFunction` withholds: `spec.withheld` and nothing else of it, each
 //! write a compare-and-swap.
 
+use std::time::Duration;
+
 use common::api::{PhysicalFunction, VFClaim, WithheldVf};
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 
-use super::run::{Controller, MANAGER};
+use super::run::{Controller, MANAGER, RESYNC, ReconcileError};
 use super::withhold::{self, Withhold};
 
 /// Enters a claim's VF, if it is not there; the claim's agent waits for it.
@@ -46,6 +48,28 @@ pub(super) async fn enter(
         "withheld"
     );
     Ok(())
+}
+
+/// Takes the entries out whose VFs are gone, as the node agent says; when to look again.
+pub(super) async fn reconcile(
+    controller: &Controller,
+    function: &PhysicalFunction,
+) -> Result<Duration, ReconcileError> {
+    if withhold::settled(function).is_some() {
+        let api: Api<PhysicalFunction> = Api::all(controller.client.clone());
+        // The cache may be behind; whoever made the object anew has settled nothing.
+        if let Some(pf) = api.get_opt(&function.name_any()).await?
+            && let Some(left) = withhold::settled(&pf)
+        {
+            write(&api, &pf, &left).await?;
+            tracing::info!(
+                pf = pf.name_any(),
+                left = left.len(),
+                "destroyed VFs are gone"
+            );
+        }
+    }
+    Ok(RESYNC)
 }
 
 /// Replaces `spec.withheld` of the object as it was seen; 409 when it changed since.

@@ -1,4 +1,4 @@
-use common::api::{PhysicalFunctionSpec, WithheldReason};
+use common::api::{PhysicalFunctionSpec, PhysicalFunctionStatus, ResizeStatus, WithheldReason};
 use serde_json::json;
 
 use super::*;
@@ -85,4 +85,36 @@ fn an_index_is_withheld_once() {
     let of_another = pf(vec![entry(3, Retained, "c")]);
     assert_eq!(entered(&of_another, &destroyed), None);
     assert_eq!(entered(&of_another, &retained), None);
+}
+
+#[test]
+fn entries_go_when_the_agent_says_that_their_vfs_are_gone() {
+    use WithheldReason::{Destroyed, Retained};
+    let all = vec![
+        entry(1, Destroyed, "a"),
+        entry(2, Retained, "a"),
+        entry(3, Destroyed, "b"),
+    ];
+    let mut pf = pf(all.clone());
+    assert_eq!(settled(&pf), None);
+    let mut resize = ResizeStatus {
+        destroyed: vec!["a".into(), "long-gone".into()],
+        ..ResizeStatus::default()
+    };
+    let mut says = |resize: &ResizeStatus| {
+        pf.status = Some(PhysicalFunctionStatus {
+            resize: Some(resize.clone()),
+            ..PhysicalFunctionStatus::default()
+        });
+        pf.clone()
+    };
+    assert_eq!(settled(&says(&resize)), None, "begun only");
+    resize.complete = true;
+    let pf = says(&resize);
+    assert_eq!(settled(&pf), Some(all[1..].to_vec()));
+    // The index is another VF's by now: its claim has an entry of its own, in the same write.
+    let new = entry(1, Destroyed, "c");
+    let mut with = vec![new.clone()];
+    with.extend_from_slice(&all[1..]);
+    assert_eq!(entered(&pf, &new), Some(with));
 }

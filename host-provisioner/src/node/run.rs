@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::agent::{Agent, Recent, SharedLedger, Turns};
 use super::listen::Listeners;
 use super::lock::{AgentLock, LockError};
+use super::resize::Resizes;
 use super::sessions::Sessions;
 use super::vf::VfError;
 use super::{gone, hold, publish, qemu, reconcile};
@@ -156,6 +157,7 @@ async fn build(
         report_due: watch::channel(()).0,
         functions,
         ledger: SharedLedger::default(),
+        resizes: Resizes::default(),
     })
 }
 

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use super::agent::{Agent, Recent, SharedLedger, Turns};
 use super::inventory;
 use super::listen::Listeners;
+use super::resize::Resizes;
 use super::sessions::Sessions;
 use crate::hypervisor::gates::journal::Journal;
 use crate::hypervisor::gates::{GateError, Gates, Recovered};
@@ -106,6 +107,9 @@ impl Stage {
         let name = inventory::physical_function_name(NODE, &pf.identity);
         let mut object = PhysicalFunction::new(&name, inventory::new_spec(NODE, &pf));
         object.spec.managed = true;
+        let functions: Api<PhysicalFunction> = Api::all(client.clone());
+        let made = functions.create(&PostParams::default(), &object).await;
+        let object = made.unwrap();
         let (functions, mut shown) = reflector::store();
         shown.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
 
@@ -132,6 +136,7 @@ impl Stage {
             woken,
             functions,
             ledger: SharedLedger::default(),
+            resizes: Resizes::default(),
         };
         Self {
             agent: Arc::new(agent),
@@ -146,11 +151,18 @@ impl Stage {
         }
     }
 
-    /// Changes the PF's spec, as the agent's watch shows it.
-    pub(super) fn respec(&mut self, change: impl FnOnce(&mut PhysicalFunctionSpec)) {
-        let object = self.agent.function(&self.function).unwrap();
-        let mut object = Arc::unwrap_or_clone(object);
+    pub(super) fn functions(&self) -> Api<PhysicalFunction> {
+        Api::all(self.client.clone())
+    }
+
+    /// Changes the PF's spec; the agent's watch shows the object as it is then.
+    pub(super) async fn respec(&mut self, change: impl FnOnce(&mut PhysicalFunctionSpec)) {
+        let functions = self.functions();
+        let mut object = functions.get(&self.function).await.unwrap();
         change(&mut object.spec);
+        let params = PostParams::default();
+        let written = functions.replace(&self.function, &params, &object);
+        let object = written.await.unwrap();
         self.shown
             .apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
     }

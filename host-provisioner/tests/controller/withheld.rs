@@ -168,3 +168,44 @@ async fn two_that_lead_enter_an_index_once_and_one_waits_for_the_object() {
     assert_eq!(after.metadata.generation, Some(2));
     harness.end().await;
 }
+
+#[tokio::test]
+async fn entries_are_taken_out_when_the_agent_says_that_their_vfs_are_gone() {
+    let harness = Harness::running().await;
+    function(&harness, "pf").await;
+    let api = functions(&harness);
+    let params = PatchParams::default();
+    let entry = |index: u16, reason: &str, uid: &str| {
+        json!({"vfIndex": index, "reason": reason,
+            "claim": {"namespace": "claims", "name": uid, "uid": uid}})
+    };
+    let entries = json!([
+        entry(0, "Destroyed", "a"),
+        entry(1, "Retained", "b"),
+        entry(2, "Destroyed", "c")
+    ]);
+    let patch = Patch::Merge(json!({"spec": {"withheld": entries}}));
+    api.patch("pf", &params, &patch).await.unwrap();
+    let says = async |complete: bool| {
+        let resize = json!({"numVFs": 3, "destroyed": ["a", "b"], "complete": complete});
+        let patch = Patch::Merge(json!({"status": {"resize": resize}}));
+        api.patch_status("pf", &params, &patch).await.unwrap();
+    };
+    says(false).await;
+    // A claim's whole way through the controller: time enough to err.
+    harness.vmi("a", UUID).await;
+    harness.create(&claim("u1")).await;
+    harness
+        .says(&claim("u1"), type_::RESOLVED, reason::RESOLVED)
+        .await;
+    assert_eq!(api.get("pf").await.unwrap().spec.withheld.len(), 3);
+    says(true).await;
+    let pf = withheld(&harness, 2).await;
+    let indexes: Vec<u16> = pf.spec.withheld.iter().map(|vf| vf.vf_index).collect();
+    assert_eq!(
+        indexes,
+        [1, 2],
+        "what is retained is an administrator's to give back"
+    );
+    harness.end().await;
+}

@@ -317,6 +317,8 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         managed: true,
         desired: None,
         withheld: Vec::new(),
+        resize: None,
+        resizing: false,
         holders,
         probes,
         macs: BTreeMap::new(),

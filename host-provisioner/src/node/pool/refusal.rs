@@ -42,6 +42,8 @@ pub enum Refusal {
     },
     /// Its VFs do not exist yet and are promised to another VM.
     BeingMade,
+    /// The number of its VFs is being changed.
+    Resizing,
 }
 
 /// Who has a MAC.
@@ -78,7 +80,7 @@ impl Refusal {
             Self::MacInUse { .. } => reason::MAC_IN_USE,
             Self::NotIsolated(_) => reason::NOT_ISOLATED,
             Self::NoFreeVf { .. } => reason::NO_FREE_VF,
-            Self::BeingMade => reason::PENDING,
+            Self::BeingMade | Self::Resizing => reason::PENDING,
         }
     }
 
@@ -93,7 +95,7 @@ impl Refusal {
             Self::NotIsolated(_) => 5,
             Self::NoFreeVf { .. } => 6,
             Self::MacInUse { .. } => 7,
-            Self::BeingMade => 8,
+            Self::BeingMade | Self::Resizing => 8,
         }
     }
 
@@ -142,6 +144,10 @@ impl Refusal {
                 "the VFs of {pf} are being made for a claim of another VM; this claim goes on by \
                  itself when they exist"
             ),
+            Self::Resizing => format!(
+                "the number of VFs of {pf} is being changed; this claim goes on by itself when \
+                 that is done"
+            ),
         }
     }
 }
@@ -185,6 +191,21 @@ fn isolation(conflict: GroupConflict) -> String {
              administrator has to put the card below a port that isolates (ACS)"
         ),
     }
+}
+
+/// Claims by name, for an administrator, each with its VM's UID.
+#[must_use]
+pub fn claims_words(holders: &[Holder]) -> String {
+    let one = |holder: &Holder| {
+        let (namespace, name) = (&holder.claim.namespace, &holder.claim.name);
+        format!("{namespace}/{name} (VM {})", holder.vm_uid)
+    };
+    let mut parts: Vec<String> = holders.iter().take(MOST_NAMED).map(one).collect();
+    let more = holders.len().saturating_sub(MOST_NAMED);
+    if more > 0 {
+        parts.push(format!("{more} more"));
+    }
+    parts.join(", ")
 }
 
 /// Names claims to whom it may: all to an administrator, to a tenant its own.

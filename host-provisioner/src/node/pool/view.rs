@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use common::api::{VfCounts, VfState, WithheldReason, WithheldVf};
+use common::api::{ResizeStatus, VfCounts, VfState, WithheldReason, WithheldVf, withheld_in_force};
 use common::pci::PciAddress;
 
 use crate::driver::{Capabilities, driver_for};
@@ -73,6 +73,10 @@ pub struct PfInput {
     pub desired: Option<u16>,
     /// `spec.withheld`.
     pub withheld: Vec<WithheldVf>,
+    /// The last change of the count.
+    pub resize: Option<ResizeStatus>,
+    /// The count is being changed at this moment.
+    pub resizing: bool,
     /// The claims whose `status.device` names this PF.
     pub holders: Vec<Holder>,
     /// Probes of the groups that [`groups_to_probe`] asked for.
@@ -90,8 +94,12 @@ pub struct PfView {
     pub facts: PfFacts,
     pub managed: bool,
     pub desired: Option<u16>,
-    /// `spec.withheld`, of VFs that exist and of others.
+    /// The entries of `spec.withheld` that are in force, of VFs that exist and of others.
     pub withheld: Vec<WithheldVf>,
+    /// The last change of the count; of the destroyed VFs those whose entries are still there.
+    pub resize: Option<ResizeStatus>,
+    /// The count is being changed at this moment: no claim gets a VF.
+    pub resizing: bool,
     /// What its backend can; `None`: there is no backend for it.
     pub capabilities: Option<Capabilities>,
     /// By index; VFs that exist and VFs that are promised.
@@ -125,7 +133,13 @@ pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
 
 impl PfView {
     #[must_use]
-    pub fn new(input: PfInput) -> Self {
+    pub fn new(mut input: PfInput) -> Self {
+        let resize = input.resize.take().map(|mut last| {
+            let entered = |uid: &String| input.withheld.iter().any(|vf| vf.claim.uid == *uid);
+            last.destroyed.retain(entered);
+            last
+        });
+        input.withheld = withheld_in_force(&input.withheld, resize.as_ref());
         let mut vfs: Vec<VfView> = input.vfs.iter().map(|vf| view(vf, &input)).collect();
         for holder in &input.holders {
             if !vfs.iter().any(|vf| vf.index == holder.vf_index) {
@@ -139,6 +153,8 @@ impl PfView {
             managed: input.managed,
             desired: input.desired,
             withheld: input.withheld,
+            resize,
+            resizing: input.resizing,
             stuck: input.stuck.get(&input.facts.address).copied(),
             facts: input.facts,
             vfs,

@@ -1,7 +1,7 @@
 //! The way back: what is done to a claim's VF when the claim is to have it no more, and what
 //! its PhysicalFunction has to say before the claim forgets it.
 
-use common::api::{ReclaimPolicy, WithheldReason, reason};
+use common::api::{ReclaimPolicy, WithheldReason, WithheldVf, reason, withholds};
 
 use super::end::End;
 use super::{Walk, listen, release};
@@ -24,9 +24,8 @@ impl Walk {
         else {
             return false;
         };
-        self.agent
-            .function(&device.physical_function)
-            .is_some_and(|pf| pf.spec.withholds(device.vf_index, reason))
+        let withheld = self.agent.withheld(&device.physical_function);
+        withholds(&withheld, device.vf_index, reason)
     }
 
     /// Whether the claim's VF is withheld because of another claim.
@@ -35,12 +34,10 @@ impl Walk {
             return false;
         };
         let own = self.claim.metadata.uid.as_deref();
-        self.agent
-            .function(&device.physical_function)
-            .is_some_and(|pf| {
-                let mut all = pf.spec.withheld.iter();
-                all.any(|vf| vf.vf_index == device.vf_index && Some(vf.claim.uid.as_str()) != own)
-            })
+        let withheld = self.agent.withheld(&device.physical_function);
+        let of_another = |vf: &WithheldVf| Some(vf.claim.uid.as_str()) != own;
+        let mut all = withheld.iter();
+        all.any(|vf| vf.vf_index == device.vf_index && of_another(vf))
     }
 
     /// The controller writes the entry when it sees that the claim is going, mostly long before

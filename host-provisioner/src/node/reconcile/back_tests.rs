@@ -23,14 +23,21 @@ async fn going(stage: &Stage, policy: ReclaimPolicy) -> (u16, common::api::VFCla
 }
 
 /// As the controller does it.
-fn withhold(stage: &mut Stage, index: u16, claim: &common::api::VFClaim, reason: WithheldReason) {
-    stage.respec(|spec| {
-        spec.withheld.push(WithheldVf {
-            vf_index: index,
-            reason,
-            claim: claim_ref(claim),
-        });
-    });
+async fn withhold(
+    stage: &mut Stage,
+    index: u16,
+    claim: &common::api::VFClaim,
+    reason: WithheldReason,
+) {
+    stage
+        .respec(|spec| {
+            spec.withheld.push(WithheldVf {
+                vf_index: index,
+                reason,
+                claim: claim_ref(claim),
+            });
+        })
+        .await;
 }
 
 async fn next(stage: &Stage, last: u8) -> u16 {
@@ -65,7 +72,7 @@ async fn a_destroyed_vf_is_cleaned_and_is_let_go_of_when_nobody_gets_it() {
     // A successor of the agent knows no less.
     let uid = waits.metadata.uid.unwrap();
     stage.agent.ledger.lock().forget(&uid);
-    withhold(&mut stage, index, &claim, WithheldReason::Destroyed);
+    withhold(&mut stage, index, &claim, WithheldReason::Destroyed).await;
     let written = stage.kernel.writes();
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     assert!(stage.now(&claim).await.status.unwrap().device.is_none());
@@ -85,7 +92,7 @@ async fn a_retained_vf_is_as_it_was_until_it_is_given_back_and_is_reset_then() {
     stage.delete(&claim).await;
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     assert!(stage.now(&claim).await.status.unwrap().device.is_some());
-    withhold(&mut stage, index, &claim, WithheldReason::Retained);
+    withhold(&mut stage, index, &claim, WithheldReason::Retained).await;
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     assert!(stage.now(&claim).await.status.unwrap().device.is_none());
     assert_eq!(stage.kernel.writes(), written, "it was written to");
@@ -94,7 +101,7 @@ async fn a_retained_vf_is_as_it_was_until_it_is_given_back_and_is_reset_then() {
     assert_eq!(vf.driver.as_deref(), Some(VFIO_PCI));
     assert_ne!(next(&stage, 2).await, index);
 
-    stage.respec(|spec| spec.withheld.clear());
+    stage.respec(|spec| spec.withheld.clear()).await;
     let written = stage.kernel.writes().len();
     // It is on vfio-pci already, so it goes first.
     assert_eq!(next(&stage, 3).await, index);
@@ -109,7 +116,7 @@ async fn a_retained_vf_is_as_it_was_until_it_is_given_back_and_is_reset_then() {
 async fn a_late_choice_of_a_withheld_vf_is_given_up_and_the_vf_left_as_it_is() {
     let mut stage = Stage::new().await;
     let (index, claim) = going(&stage, ReclaimPolicy::Retain).await;
-    withhold(&mut stage, index, &claim, WithheldReason::Retained);
+    withhold(&mut stage, index, &claim, WithheldReason::Retained).await;
     reconcile(Arc::new(claim.clone()), Arc::clone(&stage.agent)).await;
     // A dead agent's choice, carried out now.
     let late = stage.claim("02:00:00:00:00:02").await;
