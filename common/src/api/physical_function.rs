@@ -74,6 +74,14 @@ pub struct PhysicalFunctionSpec {
     pub withheld: Vec<WithheldVf>,
 }
 
+impl ResizeStatus {
+    /// Whether the VF of that claim was destroyed and has gone.
+    #[must_use]
+    pub fn took(&self, claim_uid: &str) -> bool {
+        self.complete && self.destroyed.iter().any(|uid| uid == claim_uid)
+    }
+}
+
 impl PhysicalFunction {
     /// The entries of `spec.withheld` that are in force, as far as `status` says.
     #[must_use]
@@ -91,8 +99,7 @@ pub fn withheld_in_force(
     resize: Option<&ResizeStatus>,
 ) -> Vec<WithheldVf> {
     let settled = |vf: &WithheldVf| {
-        vf.reason == WithheldReason::Destroyed
-            && resize.is_some_and(|r| r.complete && r.destroyed.contains(&vf.claim.uid))
+        vf.reason == WithheldReason::Destroyed && resize.is_some_and(|r| r.took(&vf.claim.uid))
     };
     withheld.iter().filter(|vf| !settled(vf)).cloned().collect()
 }

@@ -1,7 +1,7 @@
 //! What a `PhysicalFunction` withholds: which VFs are to be entered before their claims let go
 //! of them, and which entries are settled. Pure.
 
-use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldVf, withholds};
+use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldReason, WithheldVf, withholds};
 use kube::ResourceExt as _;
 
 /// An entry that is due in the `PhysicalFunction` of this name.
@@ -42,7 +42,11 @@ pub fn due(claim: &VFClaim) -> Option<Withhold> {
 #[must_use]
 pub fn entered(pf: &PhysicalFunction, entry: &WithheldVf) -> Option<Vec<WithheldVf>> {
     let mut all = pf.withheld();
-    if withholds(&all, entry.vf_index, entry.reason) {
+    let resize = pf.status.as_ref().and_then(|status| status.resize.as_ref());
+    // Its claim was written by an agent that died, and the VFs went before anybody saw it.
+    let gone = entry.reason == WithheldReason::Destroyed
+        && resize.is_some_and(|resize| resize.took(&entry.claim.uid));
+    if gone || withholds(&all, entry.vf_index, entry.reason) {
         return None;
     }
     all.retain(|other| other.vf_index != entry.vf_index);

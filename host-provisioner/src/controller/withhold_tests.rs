@@ -111,6 +111,7 @@ fn entries_go_when_the_agent_says_that_their_vfs_are_gone() {
     assert_eq!(settled(&says(&resize)), None, "begun only");
     resize.complete = true;
     let pf = says(&resize);
+    assert_eq!(entered(&pf, &entry(1, Destroyed, "a")), None, "it has gone");
     assert_eq!(settled(&pf), Some(all[1..].to_vec()));
     // The index is another VF's by now: its claim has an entry of its own, in the same write.
     let new = entry(1, Destroyed, "c");

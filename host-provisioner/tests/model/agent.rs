@@ -1,7 +1,6 @@
 //! The node agent: the project's planner says what comes next, this walks a claim through it as
 //! `reconcile` does. Decisions are compare-and-swap, and turns are taken.
 
-use common::api::ReclaimPolicy;
 use host_provisioner::node::ledger::Answer;
 use host_provisioner::node::plan::{
     Added, ClaimFacts, Close, InQemu, Left, Qemu, Seen, Service, Step, Vf, VfSeen, close_after_add,
@@ -14,6 +13,7 @@ use crate::host::{
     close_gates, device_add, free_to_touch, in_qemu, left_in_qemu, look_at_qemu, look_at_vf,
     open_gates, ordered, prepare, reserved, vm_pod,
 };
+use crate::reclaim;
 use crate::world::{
     At, HostCopy, Outcome, Process, QemuSeen, Setting, Slot, VfSeen as Looked, VfState, Walk,
     World, Write,
@@ -38,9 +38,9 @@ fn claim_facts(walk: &Walk) -> ClaimFacts {
         device: copy.device.is_some(),
         attachment: copy.attachment.is_some(),
         reported: copy.ready,
-        reclaim: ReclaimPolicy::Return,
-        withheld: false,
-        withheld_from_it: false,
+        reclaim: walk.reclaim.policy,
+        withheld: walk.reclaim.withheld,
+        withheld_from_it: walk.reclaim.withheld_from_it,
     }
 }
 
@@ -162,6 +162,7 @@ pub fn fetch(setting: &Setting, world: &mut World, slot: Slot) {
         left: None,
         at: At::Plan,
         turn: false,
+        reclaim: reclaim::seen(setting, world, slot, &copy),
     });
     end_if_idle(world, slot);
 }
@@ -281,7 +282,11 @@ fn end_if_idle(world: &mut World, slot: Slot) {
 fn obey(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk, due: &Step) {
     let copy = walk.claim;
     match due {
-        Step::Rest | Step::Wait(_) | Step::AwaitWithheld => return world.agent.walks[slot] = None,
+        Step::Rest | Step::Wait(_) => return world.agent.walks[slot] = None,
+        Step::AwaitWithheld => {
+            close_gates(setting, world, slot, &copy);
+            return world.agent.walks[slot] = None;
+        }
         Step::LookAtVf => walk.vf = Some(look_at_vf(setting, world, slot, &copy)),
         Step::LookAtQemu => walk.qemu = Some(look_at_qemu(setting, world, slot, &copy)),
         Step::LookForLeft => walk.left = Some(left_in_qemu(setting, world, slot, &copy)),
@@ -372,6 +377,7 @@ fn obey(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk, due: &
             walk.at = At::Cleaning;
         }
         Step::ClearDevice => {
+            close_gates(setting, world, slot, &copy);
             if let (Some(vf), Some(VfState::Held)) = (copy.device, walk.vf.map(|seen| seen.state)) {
                 world.vf_mut(vf).left = true;
             }

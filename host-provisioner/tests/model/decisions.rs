@@ -1,5 +1,6 @@
 //! The agent's decisions as the API server takes them in, and what must be so when one lands.
 
+use crate::reclaim;
 use crate::world::{Breach, HostCopy, Setting, Slot, World, Write};
 
 /// The API server takes a decision in.
@@ -17,6 +18,7 @@ pub fn land(setting: &Setting, world: &mut World, slot: Slot, write: Write) {
         }
         Write::ClearDevice => {
             unplugged_for_sure(setting, world, slot, &copy);
+            reclaim::let_go(setting, world, slot, &copy);
             if let (Some(vf), false) = (copy.device, copy.deleting) {
                 // It gave way to another claim. Should this be carried out so late that it has
                 // begun with the VF after all, what it did is undone when the VF is given again.

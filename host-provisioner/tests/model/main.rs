@@ -20,6 +20,7 @@ mod facts;
 mod host;
 mod moments;
 mod nature;
+mod reclaim;
 mod settle;
 mod world;
 mod worlds;

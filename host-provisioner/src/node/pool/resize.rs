@@ -114,10 +114,12 @@ fn due(pf: &PfView) -> Option<(Change, bool)> {
         return Some((change, from == to));
     }
     let asked_anew = last.and_then(|last| last.desired_vfs) != pf.desired;
+    // A claim that has not let go of its VF yet waits for its entry.
+    let has_it = |uid: &str| pf.holders().any(|holder| holder.claim.uid == uid);
     let destroyed: Vec<String> = pf
         .withheld
         .iter()
-        .filter(|vf| vf.reason == WithheldReason::Destroyed)
+        .filter(|vf| vf.reason == WithheldReason::Destroyed && !has_it(&vf.claim.uid))
         .map(|vf| vf.claim.uid.clone())
         .collect();
     let most = pf.desired.map_or(total, |asked| asked.min(total));

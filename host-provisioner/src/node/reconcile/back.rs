@@ -24,8 +24,15 @@ impl Walk {
         else {
             return false;
         };
-        let withheld = self.agent.withheld(&device.physical_function);
-        withholds(&withheld, device.vf_index, reason)
+        let (agent, name) = (&self.agent, &device.physical_function);
+        let uid = self.claim.metadata.uid.as_deref().unwrap_or_default();
+        // A choice of a dead agent, seen only after the VFs were made anew: it went with them.
+        let gone = reason == WithheldReason::Destroyed
+            && agent
+                .resizes
+                .last(agent, name)
+                .is_some_and(|last| last.took(uid));
+        gone || withholds(&agent.withheld(name), device.vf_index, reason)
     }
 
     /// Whether the claim's VF is withheld because of another claim.

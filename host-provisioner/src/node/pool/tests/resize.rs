@@ -162,6 +162,18 @@ fn the_last_one_destroyed_leaves_none_and_the_next_claim_makes_as_many_as_asked_
 }
 
 #[test]
+fn nothing_is_settled_that_its_claim_waits_for() {
+    for count in [0, 3] {
+        let mut pool = input(PF1, count);
+        pool.withheld = vec![withheld(1, WithheldReason::Destroyed)];
+        pool.holders = vec![holder("gone-1", 1)];
+        assert_eq!(resize(&PfView::new(pool.clone())), Resize::Keep);
+        pool.holders.clear();
+        assert_ne!(resize(&PfView::new(pool)), Resize::Keep);
+    }
+}
+
+#[test]
 fn a_change_that_was_begun_is_finished_from_where_it_stands() {
     let begun = Some(ResizeStatus {
         destroyed: vec!["uid-gone-3".to_owned()],
