@@ -18,6 +18,8 @@ pub mod type_ {
     pub const READY: &str = "Ready";
     /// Node agent, on a PhysicalFunction: it carries the host's own traffic.
     pub const IN_USE_BY_HOST: &str = "InUseByHost";
+    /// Node agent, on a managed PhysicalFunction: its number of VFs is as asked.
+    pub const RESIZED: &str = "Resized";
     /// guest-syncer, in the guest: the host has this spec of the claim.
     pub const SYNCED: &str = "Synced";
 }
@@ -40,6 +42,7 @@ pub mod reason {
     pub const GUEST_IDENTITY_MISMATCH: &str = "GuestIdentityMismatch";
     pub const HANDED_OVER: &str = "HandedOver";
     pub const HOST_UNREACHABLE: &str = "HostUnreachable";
+    pub const IN_USE: &str = "InUse";
     pub const IN_USE_BY_HOST: &str = "InUseByHost";
     pub const INSUFFICIENT_MEMORY: &str = "InsufficientMemory";
     pub const IP_CONTRADICTS: &str = "IPContradicts";
@@ -73,6 +76,8 @@ pub mod reason {
     pub const RELEASED: &str = "Released";
     pub const RELEASING: &str = "Releasing";
     pub const REPAIRED: &str = "Repaired";
+    pub const RESIZED: &str = "Resized";
+    pub const RESIZING: &str = "Resizing";
     pub const RESOLVED: &str = "Resolved";
     pub const RETRYING: &str = "Retrying";
     pub const SYNCED: &str = "Synced";

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField, schema};
+use super::{ClassNetwork, NetworkField, ReclaimPolicy, schema};
 
 /// The administrator's word on which VMs, classes and how many VFs a guest has.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -110,6 +110,8 @@ pub struct ClassSummary {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub allowed_overrides: Vec<NetworkField>,
+    #[serde(default)]
+    pub reclaim_policy: ReclaimPolicy,
     /// The class of claims that name none.
     #[serde(default)]
     pub default: bool,

@@ -23,15 +23,16 @@ pub use network::{
     ClassNetwork, GrantedNetwork, LinkState, NetworkField, NetworkRequest, Vlan, VlanProtocol,
 };
 pub use physical_function::{
-    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, VfCapabilities,
-    VfCounts, VfState, VfStatus,
+    ClaimRef, PhysicalFunction, PhysicalFunctionSpec, PhysicalFunctionStatus, ResizeStatus,
+    VfCapabilities, VfCounts, VfState, VfStatus, WithheldReason, WithheldVf, withheld_in_force,
+    withholds,
 };
 pub use sriov_node::{DriverStatus, IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
 pub use vf_claim::{
     Admitted, AttachmentStatus, DeviceStatus, GuestDevice, GuestRef, Launcher, Transport, VFClaim,
     VFClaimSpec, VFClaimStatus, VmRef,
 };
-pub use vf_class::{PfSelector, VFClass, VFClassSpec};
+pub use vf_class::{PfSelector, ReclaimPolicy, VFClass, VFClassSpec};
 
 /// The API group of every kind here; the one place that names it.
 pub const GROUP: &str = "sriov.harvesterhci.io";

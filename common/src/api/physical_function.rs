@@ -58,10 +58,81 @@ pub struct PhysicalFunctionSpec {
     #[serde(default)]
     pub managed: bool,
     /// The number of VFs to have, applied while none of them is in use. Left
-    /// out: the class's, or as many as the device can have.
+    /// out: the class's, or as many as the device can have. VFs that are
+    /// destroyed are missing from it until it is changed or there are none left.
     #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub num_vfs: Option<u16>,
+    /// VFs that nobody gets though no claim has them, by index. Written by the
+    /// controller as their claims go; an administrator takes an entry out to
+    /// give the VF back, which is reset before anybody gets it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["vfIndex"])
+    )]
+    pub withheld: Vec<WithheldVf>,
+}
+
+impl ResizeStatus {
+    /// Whether the VF of that claim was destroyed and has gone.
+    #[must_use]
+    pub fn took(&self, claim_uid: &str) -> bool {
+        self.complete && self.destroyed.iter().any(|uid| uid == claim_uid)
+    }
+}
+
+impl PhysicalFunction {
+    /// The entries of `spec.withheld` that are in force, as far as `status` says.
+    #[must_use]
+    pub fn withheld(&self) -> Vec<WithheldVf> {
+        let status = self.status.as_ref();
+        withheld_in_force(&self.spec.withheld, status.and_then(|s| s.resize.as_ref()))
+    }
+}
+
+/// The entries that keep their VFs from everybody: all but those whose VFs went
+/// with a change of the count that is complete. Their indexes are other VFs' by now.
+#[must_use]
+pub fn withheld_in_force(
+    withheld: &[WithheldVf],
+    resize: Option<&ResizeStatus>,
+) -> Vec<WithheldVf> {
+    let settled = |vf: &WithheldVf| {
+        vf.reason == WithheldReason::Destroyed && resize.is_some_and(|r| r.took(&vf.claim.uid))
+    };
+    withheld.iter().filter(|vf| !settled(vf)).cloned().collect()
+}
+
+/// Whether the VF of that index is withheld for this reason, or is retained,
+/// which keeps it from more. The claim does not matter: an index is withheld
+/// once, also where two claims named it.
+#[must_use]
+pub fn withholds(withheld: &[WithheldVf], vf_index: u16, reason: WithheldReason) -> bool {
+    withheld.iter().any(|vf| {
+        vf.vf_index == vf_index && (vf.reason == reason || vf.reason == WithheldReason::Retained)
+    })
+}
+
+/// A VF that nobody gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WithheldVf {
+    /// Index as in the kernel's `virtfn<index>`.
+    pub vf_index: u16,
+    pub reason: WithheldReason,
+    /// The claim that had it last.
+    pub claim: ClaimRef,
+}
+
+/// Why a VF is withheld.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum WithheldReason {
+    /// It is to go: the PF has one VF less as soon as none of them is in use.
+    Destroyed,
+    /// It is kept as its last holder left it, until an administrator takes the
+    /// entry out. Nor is the number of VFs changed before that.
+    Retained,
 }
 
 /// A debounced report: it can be rebuilt from the kernel and the claims.
@@ -100,6 +171,9 @@ pub struct PhysicalFunctionStatus {
     pub capabilities: Option<VfCapabilities>,
     #[serde(default)]
     pub counts: VfCounts,
+    /// The last change of the count that the agent has begun by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resize: Option<ResizeStatus>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub vfs: Vec<VfStatus>,
@@ -138,6 +212,30 @@ pub struct VfCapabilities {
     pub max_tx_rate_from_mbps: Option<u32>,
 }
 
+/// A change of the number of VFs. Recorded before the kernel is written, since
+/// afterwards nothing else would tell whose VFs went with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ResizeStatus {
+    /// The count that is made.
+    #[serde(rename = "numVFs")]
+    pub num_vfs: u16,
+    /// The `spec.numVFs` that has been taken in with it; absent: there was none.
+    #[serde(
+        default,
+        rename = "desiredVFs",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub desired_vfs: Option<u16>,
+    /// UIDs of the claims whose destroyed VFs go with it. When it is complete
+    /// the controller takes their entries out of `spec.withheld`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(max = 64)))]
+    pub destroyed: Vec<String>,
+    /// The kernel has been written.
+    pub complete: bool,
+}
+
 /// VFs by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -152,6 +250,8 @@ pub struct VfCounts {
     pub foreign: u16,
     #[serde(default)]
     pub broken: u16,
+    #[serde(default)]
+    pub retired: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -180,6 +280,8 @@ pub enum VfState {
     Foreign,
     /// The kernel has not come back from a write about it: nobody gets it until it has.
     Broken,
+    /// No claim names it and `spec.withheld` does: nobody gets it.
+    Retired,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{GrantedNetwork, NetworkRequest, PfSelector, schema};
+use super::{GrantedNetwork, NetworkRequest, PfSelector, ReclaimPolicy, schema};
 
 /// A request for one SR-IOV virtual function in a running VM.
 ///
@@ -157,6 +157,9 @@ pub struct Admitted {
     /// The class's count for an idle PF that says nothing itself.
     #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
     pub num_vfs: Option<u16>,
+    /// The class's, as it stood.
+    #[serde(default)]
+    pub reclaim_policy: ReclaimPolicy,
     pub network: GrantedNetwork,
 }
 

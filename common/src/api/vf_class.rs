@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField};
+use super::{ClassNetwork, NetworkField, WithheldReason};
 
 /// A kind of VF that tenants can ask for. On the host it decides; its copies in
 /// guest clusters carry no selector and are for information.
@@ -58,6 +58,36 @@ pub struct VFClassSpec {
     #[serde(default, rename = "numVFs", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub num_vfs: Option<u16>,
+    /// What becomes of a claim's VF when the claim goes. Recorded when the claim
+    /// is granted; later edits do not reach it.
+    #[serde(default)]
+    pub reclaim_policy: ReclaimPolicy,
+}
+
+/// What becomes of a VF when its claim goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum ReclaimPolicy {
+    /// It is reset and goes back to the pool.
+    #[default]
+    Return,
+    /// It is reset, nobody gets it, and the PF has one VF less as soon as none
+    /// of them is in use.
+    Destroy,
+    /// It is taken out of the VM and left as it is, and nobody gets it until an
+    /// administrator takes it out of the PhysicalFunction's `spec.withheld`.
+    Retain,
+}
+
+impl ReclaimPolicy {
+    /// Why a VF is withheld that is reclaimed so; `None` where it goes back to the pool.
+    #[must_use]
+    pub const fn withholds(self) -> Option<WithheldReason> {
+        match self {
+            Self::Return => None,
+            Self::Destroy => Some(WithheldReason::Destroyed),
+            Self::Retain => Some(WithheldReason::Retained),
+        }
+    }
 }
 
 fn default_overrides() -> Vec<NetworkField> {

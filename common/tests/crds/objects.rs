@@ -14,6 +14,7 @@ async fn classes_have_defaults_and_bounds() {
     assert_eq!(made.data["spec"]["allowedOverrides"], json!(["MacAddress"]));
     assert_eq!(made.data["spec"]["pfSelector"], json!({}));
     assert_eq!(made.data["spec"]["network"], json!({}));
+    assert_eq!(made.data["spec"]["reclaimPolicy"], json!("Return"));
     let base = json!({"pfSelector": {}, "network": {"vlan": {"id": 1}}});
     let every = json!([
         "MacAddress",
@@ -32,6 +33,7 @@ async fn classes_have_defaults_and_bounds() {
     for (path, value, says) in [
         ("numVFs", json!(0), "greater than or equal to 1"),
         ("numVFs", json!(65536), "less than or equal to 65535"),
+        ("reclaimPolicy", json!("Keep"), "Unsupported value"),
         (
             "allowedOverrides",
             json!(["Everything"]),
@@ -161,6 +163,30 @@ async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
             .await;
         refused(&patch.to_string(), done, says);
     }
+    let gone = json!({"namespace": "claims", "name": "vfc-1", "uid": "u"});
+    let entry =
+        |index: i64, reason: &str| json!({"vfIndex": index, "reason": reason, "claim": gone});
+    for (entries, says) in [
+        (json!([entry(0, "Lost")]), "Unsupported value"),
+        (json!([entry(-1, "Retained")]), "greater than or equal to 0"),
+        (
+            json!([{"vfIndex": 0, "reason": "Retained"}]),
+            "Required value",
+        ),
+        (
+            json!([entry(3, "Retained"), entry(3, "Destroyed")]),
+            "Duplicate value",
+        ),
+        (
+            (0..257).map(|i| entry(i, "Retained")).collect(),
+            "at most 256 items",
+        ),
+    ] {
+        let made = with(&base, &[("withheld", entries)]);
+        create_refused(&api, "PhysicalFunction", made, says).await;
+    }
+    let kept = with(&base, &[("withheld", json!([entry(3, "Retained")]))]);
+    create_accepted(&api, "PhysicalFunction", kept).await;
     let consent = json!({"spec": {"managed": true, "numVFs": 7}});
     api.patch("pf", &PatchParams::default(), &Patch::Merge(&consent))
         .await

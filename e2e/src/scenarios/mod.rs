@@ -15,6 +15,7 @@ mod memory;
 mod outages;
 mod random;
 mod real;
+mod reclaim;
 mod refusals;
 mod release;
 mod restarts;
@@ -104,6 +105,7 @@ pub fn all() -> Vec<Scenario> {
         steps::scenarios,
         traffic::scenarios,
         release::scenarios,
+        reclaim::scenarios,
         refusals::scenarios,
         gates::scenarios,
         guests::scenarios,

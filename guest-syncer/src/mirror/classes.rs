@@ -82,6 +82,7 @@ fn mirrored(cluster: &str, summary: &ClassSummary) -> VFClass {
             network: summary.network.clone(),
             allowed_overrides: summary.allowed_overrides.clone(),
             num_vfs: None,
+            reclaim_policy: summary.reclaim_policy,
         },
     );
     class.metadata.labels = Some([(MIRRORED_LABEL.to_owned(), cluster.to_owned())].into());
@@ -113,7 +114,7 @@ fn behind(found: &VFClass, wanted: VFClass) -> Option<VFClass> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::api::NetworkField;
+    use common::api::{NetworkField, ReclaimPolicy};
 
     fn summary(name: &str) -> ClassSummary {
         ClassSummary {
@@ -122,6 +123,7 @@ mod tests {
             description: Some("fast".into()),
             network: Default::default(),
             allowed_overrides: vec![NetworkField::Vlan],
+            reclaim_policy: ReclaimPolicy::Retain,
             default: false,
         }
     }

@@ -2,7 +2,7 @@
 
 use common::api::{
     Admitted, DeviceStatus, GUEST_GENERATION_ANNOTATION, GrantedNetwork, GuestDevice, Launcher,
-    LinkState, PfSelector, VFClaimSpec,
+    LinkState, PfSelector, ReclaimPolicy, VFClaimSpec,
 };
 use serde_json::json;
 
@@ -210,6 +210,7 @@ fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
                 ..PfSelector::default()
             },
             num_vfs: Some(4),
+            reclaim_policy: ReclaimPolicy::Retain,
             network: GrantedNetwork {
                 mac_address: "02:00:00:00:00:01".into(),
                 vlan: None,

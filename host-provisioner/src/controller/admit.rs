@@ -105,6 +105,7 @@ fn first_grant(ask: &Ask<'_>, generation: i64) -> Result<Admitted, Refusal> {
         class_uid: class.uid().unwrap_or_default(),
         pf_selector: class.spec.pf_selector.clone(),
         num_vfs: class.spec.num_vfs,
+        reclaim_policy: class.spec.reclaim_policy,
         network,
     })
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::api::{GuestCluster, VFClaim, VFClass};
+use common::api::{GuestCluster, PhysicalFunction, VFClaim, VFClass};
 use common::telemetry::Check;
 use futures::{Stream, StreamExt as _};
 use kube::api::{Api, DynamicObject};
@@ -17,11 +17,13 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinSet;
 
 use super::vmi::{self, Vmi};
+use super::withhold;
 
 /// An object as the watch has it; one that cannot be read does not end the watch.
 pub(super) type Guarded<K> = DeserializeGuard<K>;
 pub(super) type ClaimKey = ObjectRef<Guarded<VFClaim>>;
 pub(super) type ClusterKey = ObjectRef<Guarded<GuestCluster>>;
+pub(super) type FunctionKey = ObjectRef<Guarded<PhysicalFunction>>;
 
 /// The caches, each fed by its watch.
 #[derive(Clone)]
@@ -29,6 +31,7 @@ pub(super) struct Caches {
     pub(super) claims: Store<Guarded<VFClaim>>,
     pub(super) clusters: Store<Guarded<GuestCluster>>,
     classes: Store<Guarded<VFClass>>,
+    pub(super) functions: Store<Guarded<PhysicalFunction>>,
     vmis: Store<DynamicObject>,
     /// Every cache has been filled once.
     filled: Arc<AtomicBool>,
@@ -39,6 +42,7 @@ pub(super) struct Caches {
 pub(super) struct Triggers {
     pub(super) claims: UnboundedSender<ClaimKey>,
     pub(super) clusters: UnboundedSender<ClusterKey>,
+    pub(super) functions: UnboundedSender<FunctionKey>,
 }
 
 /// The objects of a cache that could be read.
@@ -55,12 +59,14 @@ impl Caches {
         let (claims, claim_writer) = reflector::store();
         let (clusters, cluster_writer) = reflector::store();
         let (classes, class_writer) = reflector::store();
+        let (functions, function_writer) = reflector::store();
         let kind = vmi::api_resource();
         let vmi_writer = reflector::store::Writer::new(kind.clone());
         let caches = Self {
             claims,
             clusters,
             classes,
+            functions,
             vmis: vmi_writer.as_reader(),
             filled: Arc::default(),
         };
@@ -79,6 +85,15 @@ impl Caches {
         let on_class = move |_: Guarded<VFClass>| known.class_changed(&to);
         tasks.spawn(feed("vfclasses", watch(client), class_writer, on_class));
         let (known, to) = (caches.clone(), triggers.clone());
+        let on_function =
+            move |function: Guarded<PhysicalFunction>| known.function_changed(&function, &to);
+        tasks.spawn(feed(
+            "physicalfunctions",
+            watch(client),
+            function_writer,
+            on_function,
+        ));
+        let (known, to) = (caches.clone(), triggers.clone());
         let on_vmi = move |vmi: DynamicObject| known.vmi_changed(&vmi, &to);
         let api = Api::all_with(client.clone(), &kind);
         let vmis = watcher::watcher(api, watcher::Config::default()).modify(vmi::strip);
@@ -94,6 +109,8 @@ impl Caches {
         self.clusters.wait_until_ready().await?;
         check.fail("reading VFClasses");
         self.classes.wait_until_ready().await?;
+        check.fail("reading PhysicalFunctions");
+        self.functions.wait_until_ready().await?;
         check.fail("reading VirtualMachineInstances");
         self.vmis.wait_until_ready().await?;
         self.filled.store(true, Ordering::Release);
@@ -107,6 +124,10 @@ impl Caches {
 
     pub(super) fn classes(&self) -> Vec<Arc<Guarded<VFClass>>> {
         self.classes.state()
+    }
+
+    pub(super) fn function(&self, name: &str) -> Option<Arc<Guarded<PhysicalFunction>>> {
+        self.functions.get(&ObjectRef::new(name))
     }
 
     pub(super) fn claims_in(&self, namespace: &str) -> Vec<Arc<Guarded<VFClaim>>> {
@@ -180,6 +201,16 @@ impl Caches {
                 let _ = to.clusters.send(ObjectRef::from_obj(&*cluster));
             }
         }
+    }
+
+    /// Itself, and claims on their way out whose VF it does not withhold yet, or no more.
+    fn function_changed(&self, function: &Guarded<PhysicalFunction>, to: &Triggers) {
+        let _ = to.functions.send(ObjectRef::from_obj(function));
+        let name = function.name_any();
+        self.send_claims(to, |claim| {
+            let due = claim.0.as_ref().ok().and_then(withhold::due);
+            due.is_some_and(|due| due.physical_function == name)
+        });
     }
 
     fn vmi_changed(&self, vmi: &DynamicObject, to: &Triggers) {

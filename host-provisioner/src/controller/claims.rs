@@ -1,5 +1,6 @@
 //! Carries out the plan of one claim: at most one finalizer write, one
-//! compare-and-swap decision and one report, each only when something changes.
+//! compare-and-swap decision and one report, each only when something changes. Of one that goes,
+//! what its VF's `PhysicalFunction` is to withhold, or the finalizer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::plan::{Known, Plan, plan};
 use super::quota::Ledger;
 use super::refusal::Refusal;
 use super::run::{Controller, MANAGER, RESYNC, ReconcileError};
+use super::withhold_apply;
 
 /// Reconciles one claim; when to look again.
 pub(super) async fn reconcile(
@@ -149,6 +151,9 @@ async fn carry_out(
         finalizer::remove(api, claim, HOST_FINALIZER).await?;
         controller.ledger.forget(claim);
         return Ok(());
+    }
+    if let Some(due) = &due.withhold {
+        return withhold_apply::enter(controller, api, claim, due).await;
     }
     let mut latest = claim.clone();
     if due.finalizer

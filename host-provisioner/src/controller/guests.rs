@@ -140,6 +140,7 @@ pub fn fields(
             description: class.spec.description.clone(),
             network: class.spec.network.clone(),
             allowed_overrides: class.spec.allowed_overrides.clone(),
+            reclaim_policy: class.spec.reclaim_policy,
             default: class.uid() == default,
         })
         .collect();

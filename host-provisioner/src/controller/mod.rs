@@ -2,10 +2,10 @@
 //! guests their namespaces and rights.
 //!
 //! It writes `status.admitted`, `vm`, `hostNode`, `launcher` and the conditions
-//! Admitted and Resolved of a claim, its finalizer, and the status of
-//! `GuestCluster`s. It touches no pod and no hardware. Decisions are plain
-//! functions (`identity`, `admit`, `resolve`, `plan`, `guests`); `claims` and
-//! `guests_apply` carry them out.
+//! Admitted and Resolved of a claim, its finalizer, what a `PhysicalFunction`
+//! withholds, and the status of `GuestCluster`s. It touches no pod and no hardware.
+//! Decisions are plain functions (`identity`, `admit`, `resolve`, `plan`, `guests`,
+//! `withhold`); `claims`, `guests_apply` and `withhold_apply` carry them out.
 
 pub mod admit;
 mod caches;
@@ -21,6 +21,8 @@ mod refusal;
 pub mod resolve;
 mod run;
 pub mod vmi;
+pub mod withhold;
+mod withhold_apply;
 
 pub use refusal::Refusal;
 pub use run::{ControllerError, MANAGER, Settings, run};

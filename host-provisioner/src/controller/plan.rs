@@ -13,6 +13,7 @@ use super::identity::identify;
 use super::refusal::Refusal;
 use super::resolve::{Resolution, resolve};
 use super::vmi::Vmi;
+use super::withhold::{self, Withhold};
 
 /// Everything that the plan depends on, beside the claim.
 pub struct Known<'a> {
@@ -31,6 +32,8 @@ pub struct Known<'a> {
 pub struct Plan {
     /// The claim is going and its VF is back: take the finalizer off.
     pub release: bool,
+    /// It is going, and its VF is not to go back to the pool: see to it that it is withheld.
+    pub withhold: Option<Withhold>,
     /// Pin this cluster UID to this GuestCluster, then plan again.
     pub pin: Option<(String, String)>,
     /// Put the finalizer on before anything is granted.
@@ -51,6 +54,7 @@ pub fn plan(claim: &VFClaim, known: &Known<'_>) -> Plan {
         let back = status.device.is_none() && status.attachment.is_none();
         return Plan {
             release: back && finalizer::has(claim, HOST_FINALIZER),
+            withhold: withhold::due(claim),
             ..Plan::default()
         };
     }

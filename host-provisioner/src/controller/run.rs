@@ -1,4 +1,4 @@
-//! Runs the controller: caches, the two work queues, bounded concurrency,
+//! Runs the controller: caches, the work queues, bounded concurrency,
 //! back-off, and an orderly end.
 
 use std::collections::HashMap;
@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::api::{GuestCluster, VFClaim};
+use common::api::{GuestCluster, PhysicalFunction, VFClaim};
 use common::kube::events::Events;
 use common::kube::{Backoff, ErrorClass, class_of};
 use common::telemetry::{Check, Metrics};
@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::caches::{Caches, Guarded, Triggers};
 use super::metrics::ControllerMetrics;
 use super::quota::Ledger;
-use super::{claims, drivers, guests_apply};
+use super::{claims, drivers, guests_apply, withhold_apply};
 
 /// Field manager of everything that the controller writes.
 pub const MANAGER: &str = "host-provisioner-controller";
@@ -158,9 +158,11 @@ pub async fn run(
     let mut watches = JoinSet::new();
     let (claims_to, claims_queue) = unbounded_channel();
     let (clusters_to, clusters_queue) = unbounded_channel();
+    let (functions_to, functions_queue) = unbounded_channel();
     let triggers = Triggers {
         claims: claims_to,
         clusters: clusters_to,
+        functions: functions_to,
     };
     let caches = Caches::start(&client, &triggers, &mut watches);
     drop(triggers);
@@ -197,6 +199,22 @@ pub async fn run(
             controller.attend("VFClaim", uid, work).await
         },
     );
+    let function_work = work(
+        controller.clone(),
+        caches.functions.clone(),
+        functions_queue,
+        stop.clone(),
+        |controller, function: Arc<Guarded<PhysicalFunction>>| async move {
+            let uid = function.uid();
+            let work = async {
+                match &function.0 {
+                    Ok(function) => withhold_apply::reconcile(&controller, function).await,
+                    Err(bad) => Err(ReconcileError::Unreadable(bad.to_string())),
+                }
+            };
+            controller.attend("PhysicalFunction", uid, work).await
+        },
+    );
     let cluster_work = work(
         controller,
         caches.clusters.clone(),
@@ -214,7 +232,7 @@ pub async fn run(
         },
     );
     tokio::select! {
-        ((), ()) = async { tokio::join!(claim_work, cluster_work) } => {}
+        _ = async { tokio::join!(claim_work, cluster_work, function_work) } => {}
         () = counts => return Err(ControllerError::Watch),
         // Watches go on for ever; one that ends would leave the caches stale.
         _ = watches.join_next() => return Err(ControllerError::Watch),

@@ -7,7 +7,7 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::api::{ClaimRef, PhysicalFunction, VFClaim};
+use common::api::{ClaimRef, PhysicalFunction, VFClaim, WithheldVf, withheld_in_force};
 use common::kube::Backoff;
 use common::kube::events::Events;
 use kube::Client;
@@ -16,6 +16,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, mpsc, watch};
 
 use super::ledger::Ledger;
 use super::listen::Listeners;
+use super::resize::Resizes;
 use super::sessions::Sessions;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::gates::Gates;
@@ -56,6 +57,8 @@ pub struct Agent {
     /// This node's `PhysicalFunction` objects, as watched.
     pub functions: Store<PhysicalFunction>,
     pub ledger: SharedLedger,
+    /// How far the changes of the PFs' counts are.
+    pub resizes: Resizes,
 }
 
 impl Agent {
@@ -63,6 +66,15 @@ impl Agent {
     #[must_use]
     pub fn function(&self, name: &str) -> Option<Arc<PhysicalFunction>> {
         self.functions.get(&ObjectRef::new(name))
+    }
+
+    /// The VFs of that PF that nobody gets, by its object and what was done since.
+    #[must_use]
+    pub fn withheld(&self, name: &str) -> Vec<WithheldVf> {
+        let last = self.resizes.last(self, name);
+        self.function(name)
+            .map(|pf| withheld_in_force(&pf.spec.withheld, last.as_ref()))
+            .unwrap_or_default()
     }
 
     /// Tells what waits for the pool that it changed.

@@ -104,12 +104,16 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
         .iter()
         .map(|snapshot| {
             let object = agent.function(&snapshot.name);
+            let resize = agent.resizes.last(agent, &snapshot.name);
             PfView::new(PfInput {
                 name: snapshot.name.clone(),
                 facts: snapshot.facts.clone(),
                 vfs: snapshot.vfs.clone(),
                 managed: object.as_ref().is_some_and(|o| o.spec.managed),
                 desired: object.as_ref().and_then(|o| o.spec.num_vfs),
+                withheld: object.map(|o| o.spec.withheld.clone()).unwrap_or_default(),
+                resize,
+                resizing: ledger.resizing(&snapshot.name),
                 holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::kernel::{NodeFacts, PfFacts};
 
-use super::pool::{ForeignReason, PfView, Resize, resize};
+use super::pool::{Change, ForeignReason, Holder, PfView, Resize, claims_words, resize};
 
 /// The API's bound on `status.vfs`.
 const MOST_VFS: usize = 256;
@@ -83,21 +83,35 @@ pub fn new_spec(node: &str, pf: &PfFacts) -> PhysicalFunctionSpec {
         identity: pf.identity.clone(),
         managed: false,
         num_vfs: None,
+        withheld: Vec::new(),
     }
 }
 
-/// The report of one PF. `conditions` are those that the object has now.
+/// What the report of a PF depends on beside its view.
+#[derive(Clone, Debug, Default)]
+pub struct About<'a> {
+    /// Those that the object has now.
+    pub conditions: &'a [Condition],
+    /// `metadata.generation` of the spec that the view is about.
+    pub generation: Option<i64>,
+    /// Why the number of VFs could not be changed.
+    pub resize_failed: Option<String>,
+}
+
+/// The report of one PF.
 #[must_use]
-pub fn function_status(
-    view: &PfView,
-    conditions: &[Condition],
-    generation: Option<i64>,
-    now: &Time,
-) -> PhysicalFunctionStatus {
+pub fn function_status(view: &PfView, about: About<'_>, now: &Time) -> PhysicalFunctionStatus {
     let facts = &view.facts;
-    let mut conditions = conditions.to_vec();
-    for new in [ready(view), in_use_by_host(facts)] {
-        set_condition(&mut conditions, &new, generation, now);
+    let mut conditions = about.conditions.to_vec();
+    let resized = resized(view, about.resize_failed);
+    if resized.is_none() {
+        conditions.retain(|c| c.type_ != type_::RESIZED);
+    }
+    for new in [ready(view), in_use_by_host(facts)]
+        .into_iter()
+        .chain(resized)
+    {
+        set_condition(&mut conditions, &new, about.generation, now);
     }
     PhysicalFunctionStatus {
         pci_address: Some(facts.address.to_string()),
@@ -111,6 +125,7 @@ pub fn function_status(
         num_vfs: facts.num_vfs,
         capabilities: view.capabilities.map(|can| can.settings),
         counts: view.counts(),
+        resize: view.resize.clone(),
         vfs: vfs(view),
         conditions,
     }
@@ -225,6 +240,61 @@ fn ready(view: &PfView) -> NewCondition {
     )
 }
 
+/// Whether the number of VFs is as it is to be; `None` where nothing is done about it.
+fn resized(view: &PfView, failed: Option<String>) -> Option<NewCondition> {
+    if !view.managed || view.capabilities.is_none() || view.facts.in_use_by_host.is_some() {
+        return None;
+    }
+    let no = |reason: &str, message: String| {
+        NewCondition::new(type_::RESIZED, ConditionStatus::False, reason, message)
+    };
+    Some(match resize(view) {
+        Resize::Keep | Resize::Settle(_) => NewCondition::new(
+            type_::RESIZED,
+            ConditionStatus::True,
+            reason::RESIZED,
+            "no change of the number of VFs is due",
+        ),
+        Resize::Apply(change) => {
+            let mut words = format!("going from {} VFs to {}", change.from, change.to);
+            if let Some(failed) = failed {
+                words += &format!("; it is tried again: {failed}");
+            }
+            no(reason::RESIZING, words)
+        }
+        Resize::Pending {
+            change,
+            holders,
+            retained,
+            foreign,
+        } => no(
+            reason::IN_USE,
+            waits_words(&change, &holders, &retained, foreign),
+        ),
+    })
+}
+
+fn waits_words(change: &Change, holders: &[Holder], retained: &[u16], foreign: usize) -> String {
+    let mut words = format!(
+        "{} VFs are wanted and there are {}; the number can change only while none of them is in use",
+        change.to, change.from
+    );
+    if !holders.is_empty() {
+        words += &format!("; held by {}", claims_words(holders));
+    }
+    if !retained.is_empty() {
+        let indexes: Vec<String> = retained.iter().map(ToString::to_string).collect();
+        words += &format!(
+            "; retained until taken out of spec.withheld: VF {}",
+            indexes.join(", ")
+        );
+    }
+    if foreign > 0 {
+        words += &format!("; {foreign} in use by something else on the host");
+    }
+    words
+}
+
 /// Set when not one VF, or the PF while it has none, is isolated.
 fn not_isolated(view: &PfView) -> Option<String> {
     if view.facts.iommu_group.is_none() {
@@ -265,22 +335,13 @@ fn pool_words(view: &PfView) -> String {
             counts.broken
         );
     }
+    if counts.retired > 0 {
+        words += &format!(", {} withheld", counts.retired);
+    }
     if let Some(asked) = view.desired.filter(|asked| *asked > view.facts.total_vfs) {
         words += &format!(
             "; numVFs asks for {asked}, the device can have {}",
             view.facts.total_vfs
-        );
-    }
-    if let Resize::Pending {
-        to,
-        holders,
-        foreign,
-        ..
-    } = resize(view)
-    {
-        words += &format!(
-            "; going to {to} waits until {} claims and {foreign} other users are gone",
-            holders.len()
         );
     }
     let doubled: Vec<String> = view

@@ -79,6 +79,8 @@ pub enum Answer {
 #[derive(Debug, Default)]
 pub struct Ledger {
     entries: HashMap<String, Entry>,
+    /// PFs whose VFs are about to be made anew.
+    resizing: BTreeSet<String>,
 }
 
 impl Ledger {
@@ -232,6 +234,24 @@ impl Ledger {
         self.entries
             .values()
             .filter(move |e| e.vf.physical_function == physical_function)
+    }
+
+    /// Keeps new choices off a PF whose VFs are to be made anew. False, and nothing is kept off,
+    /// when a claim has one of them or it is being done already.
+    pub fn begin_resize(&mut self, physical_function: &str) -> bool {
+        let claimed = self.on(physical_function).next().is_some();
+        !claimed && self.resizing.insert(physical_function.to_owned())
+    }
+
+    /// Lets claims have VFs of that PF again.
+    pub fn end_resize(&mut self, physical_function: &str) {
+        self.resizing.remove(physical_function);
+    }
+
+    /// Whether new choices are kept off that PF.
+    #[must_use]
+    pub fn resizing(&self, physical_function: &str) -> bool {
+        self.resizing.contains(physical_function)
     }
 
     /// The claims with a recorded attachment in a launcher that are to keep it.
@@ -405,6 +425,19 @@ mod tests {
             ledger.answered(None, "a", "here"),
             Answer::Gone { freed: true }
         );
+    }
+
+    #[test]
+    fn a_pf_is_kept_from_new_choices_only_while_no_claim_has_a_vf_of_it() {
+        let mut ledger = Ledger::default();
+        ledger.enter(entry("a", 0)).unwrap();
+        assert!(!ledger.begin_resize("n-1") && !ledger.resizing("n-1"));
+        assert!(ledger.begin_resize("n-2"), "another PF");
+        ledger.forget("a");
+        assert!(ledger.begin_resize("n-1") && ledger.resizing("n-1"));
+        assert!(!ledger.begin_resize("n-1"), "it is being done");
+        ledger.end_resize("n-1");
+        assert!(!ledger.resizing("n-1") && ledger.resizing("n-2"));
     }
 
     #[test]

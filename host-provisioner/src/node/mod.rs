@@ -2,7 +2,8 @@
 //!
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
-//! through them; `vf`, `attach`, `release`, `qemu`, `left` and `gone` execute; `publish` reports;
+//! through them; `vf`, `attach`, `release`, `resize`, `qemu`, `left` and `gone` execute; `publish`
+//! reports, and has the number of VFs changed that a PF is to have;
 //! `hold` and `listen` tell which claims are to be looked at again; `drivers` loads the host's
 //! kernel modules.
 
@@ -26,6 +27,7 @@ mod qemu;
 mod reconcile;
 mod release;
 pub mod report;
+mod resize;
 mod run;
 mod sessions;
 #[cfg(test)]

@@ -8,7 +8,7 @@
 //! may have changed and asks again, which is also how a restarted agent finds
 //! its place.
 
-use common::api::reason;
+use common::api::{ReclaimPolicy, reason};
 
 use super::hold::Drift;
 
@@ -25,6 +25,12 @@ pub struct ClaimFacts {
     pub reported: bool,
     /// The ledger says that another claim has the VF that this one names.
     pub doubled: bool,
+    /// What becomes of its VF, as it was granted.
+    pub reclaim: ReclaimPolicy,
+    /// The PhysicalFunction says that nobody gets its VF, as `reclaim` asks for.
+    pub withheld: bool,
+    /// It says so because of another claim, which had the VF before.
+    pub withheld_from_it: bool,
 }
 
 /// The claim's VF as the host kernel has it.
@@ -152,6 +158,8 @@ pub enum Step {
     Unplug,
     /// Close what is left of the gates, reset the VF and leave it driverless.
     Clean,
+    /// Wait until the PhysicalFunction says that nobody gets the VF.
+    AwaitWithheld,
     /// Clear device and attachment in the claim.
     ClearDevice,
     /// Report why nothing can be done now; something will change it.
@@ -172,6 +180,9 @@ fn wait(reason: &'static str, message: impl Into<String>) -> Step {
 pub fn next_step(claim: ClaimFacts, seen: &Seen) -> Step {
     if claim.doubled {
         doubled(claim, seen)
+    } else if claim.device && !claim.attachment && claim.withheld_from_it {
+        // A predecessor's request was carried out late. Nothing is done to the VF.
+        Step::ClearDevice
     } else if claim.deleting {
         release(claim, seen)
     } else {
@@ -396,10 +407,22 @@ fn release(claim: ClaimFacts, seen: &Seen) -> Step {
         ),
         // Unless it is the VM's it was never ours in deed: whoever has it keeps it, the claim
         // lets go.
-        Vf::VfioHeld => unless_left(seen, Step::ClearDevice),
-        Vf::OtherDriver(_) | Vf::Absent | Vf::Driverless | Vf::VfioFree => {
-            give_back(vf).unwrap_or(Step::ClearDevice)
-        }
+        Vf::VfioHeld => unless_left(seen, let_go(claim)),
+        Vf::OtherDriver(_) | Vf::Absent | Vf::Driverless | Vf::VfioFree => match give_back(vf) {
+            // A retained one is left as its holder left it: nothing is written to it.
+            Some(Step::Clean) if claim.reclaim != ReclaimPolicy::Retain => Step::Clean,
+            _ => let_go(claim),
+        },
+    }
+}
+
+/// The claim's record is all that keeps its VF from others. Where it is not to go back to the
+/// pool, the PhysicalFunction has to say so before the record goes.
+const fn let_go(claim: ClaimFacts) -> Step {
+    match claim.reclaim {
+        ReclaimPolicy::Return => Step::ClearDevice,
+        ReclaimPolicy::Destroy | ReclaimPolicy::Retain if claim.withheld => Step::ClearDevice,
+        ReclaimPolicy::Destroy | ReclaimPolicy::Retain => Step::AwaitWithheld,
     }
 }
 

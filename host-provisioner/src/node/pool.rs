@@ -8,6 +8,7 @@
 
 mod claim;
 mod refusal;
+mod resize;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -21,7 +22,8 @@ use crate::driver::Growth;
 use crate::kernel::{PfFacts, VFIO_PCI};
 
 pub use claim::{Holder, Wish, WishError, wanted_config};
-pub use refusal::{MacUser, NoChoice, Refusal};
+pub use refusal::{MacUser, NoChoice, Refusal, claims_words};
+pub use resize::{Change, Resize, resize};
 pub use view::{
     ForeignReason, GroupConflict, GroupProbe, PfInput, PfView, VfView, groups_to_probe,
 };
@@ -129,6 +131,9 @@ fn offer(pf: &PfView, wish: &Wish) -> Result<Choice, Refusal> {
     if let Some(stuck) = pf.stuck {
         return Err(Refusal::Stuck(stuck));
     }
+    if pf.resizing {
+        return Err(Refusal::Resizing);
+    }
     let Some(capabilities) = pf.capabilities else {
         return Err(Refusal::NoBackend(pf.facts.driver.clone()));
     };
@@ -207,7 +212,11 @@ fn new_vf(pf: &PfView, wish: &Wish, growth: Growth) -> Result<Choice, Refusal> {
         Growth::AllAtOnce => pool_size(pf, wish),
         Growth::OneByOne => pf.facts.total_vfs,
     };
-    let index = (0..limit).find(|index| !pf.vfs.iter().any(|vf| vf.index == *index));
+    let taken = |index: u16| {
+        pf.vfs.iter().any(|vf| vf.index == index)
+            || pf.withheld.iter().any(|entry| entry.vf_index == index)
+    };
+    let index = (0..limit).find(|index| !taken(*index));
     let Some(index) = index.filter(|_| may_grow) else {
         return Err(no_free_vf(pf));
     };
@@ -267,7 +276,8 @@ fn pool_size(pf: &PfView, wish: &Wish) -> u16 {
 fn no_free_vf(pf: &PfView) -> Refusal {
     Refusal::NoFreeVf {
         existing: pf.existing().count(),
-        foreign: others(pf).count(),
+        foreign: foreign(pf),
+        withheld: usize::from(pf.counts().retired),
         total: pf.facts.total_vfs,
         holders: pf.holders().cloned().collect(),
     }
@@ -279,46 +289,7 @@ fn others(pf: &PfView) -> impl Iterator<Item = &VfView> {
     unclaimed.filter(|vf| vf.state != VfState::Free)
 }
 
-/// What is to be done about `spec.numVFs` now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Resize {
-    /// The number is as wished, nothing is wished, or the PF is not ours.
-    Keep,
-    /// To 0 first when `from` is not 0, then to `to`.
-    Apply { from: u16, to: u16 },
-    /// Wished, and waiting until the claims and foreign users are gone.
-    Pending {
-        from: u16,
-        to: u16,
-        holders: Vec<Holder>,
-        foreign: usize,
-    },
-}
-
-/// Whether the wished number of VFs can be applied. Only when each existing VF
-/// is proven free and no claim names any.
-#[must_use]
-pub fn resize(pf: &PfView) -> Resize {
-    let Some(to) = pf.desired.map(|wished| wished.min(pf.facts.total_vfs)) else {
-        return Resize::Keep;
-    };
-    let from = pf.facts.num_vfs;
-    let by_count = pf
-        .capabilities
-        .is_some_and(|capabilities| capabilities.growth == Growth::AllAtOnce);
-    let ours = pf.managed && pf.facts.in_use_by_host.is_none() && pf.unserviceable.is_none();
-    if from == to || !ours || !by_count {
-        return Resize::Keep;
-    }
-    // Every VF that the kernel counts is seen, and every one seen is free.
-    let all_seen = pf.existing().count() == usize::from(from);
-    if all_seen && pf.vfs.iter().all(|vf| vf.state == VfState::Free) {
-        return Resize::Apply { from, to };
-    }
-    Resize::Pending {
-        from,
-        to,
-        holders: pf.holders().cloned().collect(),
-        foreign: others(pf).count(),
-    }
+/// VFs that somebody else on the host keeps from being free.
+fn foreign(pf: &PfView) -> usize {
+    others(pf).filter(|vf| vf.state != VfState::Retired).count()
 }

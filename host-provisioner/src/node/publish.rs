@@ -1,6 +1,7 @@
 //! Keeps `PhysicalFunction` and `SriovNode` objects true: a debounced report
 //! that can be rebuilt from the kernel and the claims at any time. Decides
-//! nothing; `inventory` says what the objects are.
+//! nothing; `inventory` says what the objects are, and `resize` is asked to bring the numbers of
+//! VFs to what they are to be before they are reported.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use super::allocate::{PfSnapshot, snapshot, views};
 use super::error::ReconcileError;
 use super::inventory;
 use super::pool::PfView;
+use super::resize;
 use super::vf::{self, VfError};
 
 /// Changes within this time are one report.
@@ -56,8 +58,13 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
 
 /// Publishes once.
 pub async fn publish(agent: &Agent) -> Result<(), ReconcileError> {
-    let (snapshots, ambiguous) = snapshot(agent).await?;
-    let views = views(agent, &agent.ledger.lock(), &snapshots);
+    let (mut snapshots, ambiguous) = snapshot(agent).await?;
+    let mut views = self::views(agent, &agent.ledger.lock(), &snapshots);
+    let resized = resized(agent, &mut views).await;
+    if !matches!(resized, Ok(false)) {
+        (snapshots, _) = snapshot(agent).await?;
+        views = self::views(agent, &agent.ledger.lock(), &snapshots);
+    }
     let api: Api<PhysicalFunction> = Api::all(agent.client.clone());
     for view in &views {
         function(agent, &api, view).await?;
@@ -76,14 +83,30 @@ pub async fn publish(agent: &Agent) -> Result<(), ReconcileError> {
             apply(&api, &name, "PhysicalFunction", json!(status)).await?;
         }
     }
-    node(agent, &snapshots, ambiguous).await
+    node(agent, &snapshots, ambiguous).await?;
+    resized.map(drop)
 }
 
-async fn function(
+/// Does what is due about the numbers of VFs; whether there are others now. One PF that fails
+/// keeps no other from its change.
+async fn resized(agent: &Agent, views: &mut [PfView]) -> Result<bool, ReconcileError> {
+    let mut all = Ok(false);
+    for view in views {
+        match (resize::run(agent, view).await, &mut all) {
+            (Ok(changed), Ok(any)) => *any |= changed,
+            (Err(error), _) => all = Err(error),
+            (Ok(_), Err(_)) => {}
+        }
+    }
+    all
+}
+
+/// Reports one PF; whether its object is this PF's.
+pub(super) async fn function(
     agent: &Agent,
     api: &Api<PhysicalFunction>,
     view: &PfView,
-) -> Result<(), ReconcileError> {
+) -> Result<bool, ReconcileError> {
     let object = match agent.function(&view.name) {
         Some(object) => Arc::unwrap_or_clone(object),
         None => {
@@ -104,18 +127,23 @@ async fn function(
             ours = view.facts.identity,
             "a PhysicalFunction of this name stands for other hardware; it is left alone: delete it if it is not wanted"
         );
-        return Ok(());
+        return Ok(false);
     }
     let conditions = object
         .status
         .as_ref()
         .map(|s| s.conditions.clone())
         .unwrap_or_default();
-    let status = inventory::function_status(view, &conditions, object.metadata.generation, &now());
-    if object.status.as_ref() == Some(&status) {
-        return Ok(());
+    let about = inventory::About {
+        conditions: &conditions,
+        generation: object.metadata.generation,
+        resize_failed: agent.resizes.failed(&view.name),
+    };
+    let status = inventory::function_status(view, about, &now());
+    if object.status.as_ref() != Some(&status) {
+        apply(api, &view.name, "PhysicalFunction", json!(status)).await?;
     }
-    apply(api, &view.name, "PhysicalFunction", json!(status)).await
+    Ok(true)
 }
 
 async fn node(

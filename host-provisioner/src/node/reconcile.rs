@@ -1,6 +1,7 @@
 //! One claim's reconcile: fetch, validate, plan, apply, report. `plan` decides,
 //! `vf`, `attach` and `release` execute; this file carries the facts between them.
 
+mod back;
 mod end;
 mod keep;
 
@@ -15,7 +16,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::agent::Agent;
 use super::error::ReconcileError;
-use super::plan::{ClaimFacts, InQemu, Left, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
+use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
 use super::pool::wanted_config;
 use super::qemu::{self, Vm};
 use super::report::Outcome;
@@ -150,6 +151,9 @@ impl Walk {
             attachment: status.is_some_and(|s| s.attachment.is_some()),
             reported: status.is_some_and(|s| s.guest_device.is_some()),
             doubled: self.doubled,
+            reclaim: self.reclaim(),
+            withheld: self.withheld(),
+            withheld_from_it: self.withheld_from_it(),
         }
     }
 
@@ -235,6 +239,7 @@ impl Walk {
                 }
             }
             Step::Clean => self.clean().await?,
+            Step::AwaitWithheld => return self.await_withheld().await,
             Step::ClearDevice => {
                 self.close_gates().await?;
                 self.clear_device().await?;
@@ -387,44 +392,6 @@ impl Walk {
         .await?)
     }
 
-    /// Before the claim forgets where its attachment was; once in a walk.
-    async fn close_gates(&mut self) -> Result<(), ReconcileError> {
-        if self.facts().attachment && !self.gates_closed {
-            self.take_vm_turn().await;
-            release::close_gates(&self.agent, &self.claim).await?;
-            self.gates_closed = true;
-            self.turn = None;
-        }
-        Ok(())
-    }
-
-    async fn clear_device(&mut self) -> Result<(), ReconcileError> {
-        let attached = self.facts().attachment;
-        let claim = release::clear_device(&self.api, &self.claim).await?;
-        self.renew(claim)?;
-        // Of an attachment it was seen that QEMU has nothing; else it was looked, or is yet.
-        let left = self.seen.left.take().or(attached.then_some(Left::Nothing));
-        self.seen = Seen {
-            left,
-            ..Seen::default()
-        };
-        self.vm = None;
-        listen::prune(&self.agent);
-        self.agent.tell_pool_changed();
-        Ok(())
-    }
-
-    async fn forget_attachment(&mut self) -> Result<(), ReconcileError> {
-        self.take_vm_turn().await;
-        release::close_gates(&self.agent, &self.claim).await?;
-        let claim = release::forget_attachment(&self.api, &self.claim).await?;
-        self.renew(claim)?;
-        self.turn = None;
-        self.seen = Seen::default();
-        listen::prune(&self.agent);
-        Ok(())
-    }
-
     async fn take_vm_turn(&mut self) {
         if self.turn.is_none() {
             let pod_uid = self
@@ -475,24 +442,6 @@ impl Walk {
             Ok(()) => Ok(None),
             Err(wait) => Ok(Some(self.wait(wait))),
         }
-    }
-
-    async fn clean(&mut self) -> Result<(), ReconcileError> {
-        self.close_gates().await?;
-        let device = self.recorded_device()?.clone();
-        let _turn = self.agent.pf_turns.take(&device.physical_function).await;
-        let pf = self.pf().await?;
-        tracing::info!(pf = %pf.address, vf = device.vf_index, "cleaning");
-        let cleaned = vf::blocking(&self.agent.kernel, move |kernel| {
-            vf::clean(kernel, &pf, device.vf_index)
-        })
-        .await;
-        if vf::unless_stuck(cleaned)?.is_none() {
-            // The VF is Broken now.
-            self.agent.tell_report_due();
-        }
-        self.seen.vf = None;
-        Ok(())
     }
 }
 

@@ -29,6 +29,7 @@ use super::drivers::{self, Drivers};
 use super::follow::follow;
 use super::listen::Listeners;
 use super::lock::{AgentLock, LockError};
+use super::resize::Resizes;
 use super::sessions::Sessions;
 use super::vf::VfError;
 use super::{gone, hold, publish, qemu, reconcile};
@@ -169,6 +170,7 @@ async fn build(
         report_due: watch::channel(()).0,
         functions,
         ledger: SharedLedger::default(),
+        resizes: Resizes::default(),
     })
 }
 

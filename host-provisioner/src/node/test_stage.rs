@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::api::{PhysicalFunction, VFClaim, VFClaimSpec, host_claim_name};
+use common::api::{
+    PhysicalFunction, PhysicalFunctionSpec, ReclaimPolicy, VFClaim, VFClaimSpec, host_claim_name,
+};
 use common::kube::Backoff;
 use common::kube::events::Events;
 use common::pci::PciAddress;
@@ -20,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use super::agent::{Agent, Recent, SharedLedger, Turns};
 use super::inventory;
 use super::listen::Listeners;
+use super::resize::Resizes;
 use super::sessions::Sessions;
 use crate::hypervisor::gates::journal::Journal;
 use crate::hypervisor::gates::{GateError, Gates, Recovered};
@@ -79,6 +82,10 @@ pub(super) struct Stage {
     pub(super) agent: Arc<Agent>,
     pub(super) kernel: FakeKernel,
     pub(super) pf: PfFacts,
+    /// Its object's name.
+    pub(super) function: String,
+    /// What the agent's watch of PhysicalFunctions shows.
+    shown: reflector::store::Writer<PhysicalFunction>,
     /// Claims that the agent has woken.
     pub(super) wakes: mpsc::UnboundedReceiver<ObjectRef<VFClaim>>,
     client: Client,
@@ -100,8 +107,11 @@ impl Stage {
         let name = inventory::physical_function_name(NODE, &pf.identity);
         let mut object = PhysicalFunction::new(&name, inventory::new_spec(NODE, &pf));
         object.spec.managed = true;
-        let (functions, mut writer) = reflector::store();
-        writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
+        let functions: Api<PhysicalFunction> = Api::all(client.clone());
+        let made = functions.create(&PostParams::default(), &object).await;
+        let object = made.unwrap();
+        let (functions, mut shown) = reflector::store();
+        shown.apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
 
         let second = Duration::from_secs(1);
         let (woken, wakes) = mpsc::unbounded_channel();
@@ -126,16 +136,35 @@ impl Stage {
             woken,
             functions,
             ledger: SharedLedger::default(),
+            resizes: Resizes::default(),
         };
         Self {
             agent: Arc::new(agent),
             kernel,
             pf,
+            function: name,
+            shown,
             wakes,
             client,
             _server: server,
             proc,
         }
+    }
+
+    pub(super) fn functions(&self) -> Api<PhysicalFunction> {
+        Api::all(self.client.clone())
+    }
+
+    /// Changes the PF's spec; the agent's watch shows the object as it is then.
+    pub(super) async fn respec(&mut self, change: impl FnOnce(&mut PhysicalFunctionSpec)) {
+        let functions = self.functions();
+        let mut object = functions.get(&self.function).await.unwrap();
+        change(&mut object.spec);
+        let params = PostParams::default();
+        let written = functions.replace(&self.function, &params, &object);
+        let object = written.await.unwrap();
+        self.shown
+            .apply_watcher_event(&kube::runtime::watcher::Event::Apply(object));
     }
 
     pub(super) fn claims(&self) -> Api<VFClaim> {
@@ -144,6 +173,11 @@ impl Stage {
 
     /// A claim that the controller has granted and bound to this node.
     pub(super) async fn claim(&self, mac: &str) -> VFClaim {
+        self.claim_of(mac, ReclaimPolicy::Return).await
+    }
+
+    /// Such a claim with another reclaim policy.
+    pub(super) async fn claim_of(&self, mac: &str, policy: ReclaimPolicy) -> VFClaim {
         let uid = mac.replace(':', "");
         let spec: VFClaimSpec = serde_json::from_value(json!({
             "className": "gold",
@@ -162,7 +196,7 @@ impl Stage {
             "hostNode": NODE,
             "admitted": {
                 "observedGeneration": 1, "className": "gold", "classUID": "g",
-                "pfSelector": {}, "network": {
+                "pfSelector": {}, "reclaimPolicy": policy, "network": {
                     "macAddress": mac, "spoofCheck": true, "trust": false,
                 },
             },

@@ -263,6 +263,35 @@ pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfErro
     Ok(())
 }
 
+/// Gives a PF whose VFs nobody has another number of them: none first, then so many.
+///
+/// Each VF is taken off vfio-pci before, which waits for whoever uses it, and nobody can open a
+/// function without a driver: so nobody can have come by a VF when the count is written, which
+/// does not ask.
+pub fn resize(kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), VfError> {
+    for vf in kernel.virtual_functions(pf.address)? {
+        drop(prove_free(kernel, &vf)?);
+        if vf.driver.is_some() {
+            kernel.unbind(vf.address)?;
+        }
+    }
+    for vf in kernel.virtual_functions(pf.address)? {
+        if prove_free(kernel, &vf)?.is_some() {
+            return Err(KernelError::WrongDriver {
+                vf: vf.address,
+                found: vf.driver,
+                wanted: None,
+            }
+            .into());
+        }
+    }
+    driver(pf)?.remove_all(kernel, pf)?;
+    match count {
+        0 => Ok(()),
+        _ => Ok(driver(pf)?.create(kernel, pf, count)?),
+    }
+}
+
 /// How the VF that a guest has differs from what it was granted. Asks the PF alone: the
 /// VF's group is the guest's.
 pub fn drift(

@@ -13,3 +13,4 @@ mod claims;
 mod guests;
 mod harness;
 mod leaders;
+mod withheld;

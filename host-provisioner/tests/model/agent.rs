@@ -7,14 +7,16 @@ use host_provisioner::node::plan::{
     next_step,
 };
 
+use crate::decisions::land;
 use crate::facts::{self, NODE, pod_uid};
 use crate::host::{
     close_gates, device_add, free_to_touch, in_qemu, left_in_qemu, look_at_qemu, look_at_vf,
     open_gates, ordered, prepare, reserved, vm_pod,
 };
+use crate::reclaim;
 use crate::world::{
-    At, Breach, HostCopy, Outcome, Process, QemuSeen, Setting, Slot, VfSeen as Looked, VfState,
-    Walk, World, Write,
+    At, HostCopy, Outcome, Process, QemuSeen, Setting, Slot, VfSeen as Looked, VfState, Walk,
+    World, Write,
 };
 
 /// How a step that asks somebody else ends.
@@ -36,6 +38,9 @@ fn claim_facts(walk: &Walk) -> ClaimFacts {
         device: copy.device.is_some(),
         attachment: copy.attachment.is_some(),
         reported: copy.ready,
+        reclaim: walk.reclaim.policy,
+        withheld: walk.reclaim.withheld,
+        withheld_from_it: walk.reclaim.withheld_from_it,
     }
 }
 
@@ -157,6 +162,7 @@ pub fn fetch(setting: &Setting, world: &mut World, slot: Slot) {
         left: None,
         at: At::Plan,
         turn: false,
+        reclaim: reclaim::seen(setting, world, slot, &copy),
     });
     end_if_idle(world, slot);
 }
@@ -277,6 +283,10 @@ fn obey(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk, due: &
     let copy = walk.claim;
     match due {
         Step::Rest | Step::Wait(_) => return world.agent.walks[slot] = None,
+        Step::AwaitWithheld => {
+            close_gates(setting, world, slot, &copy);
+            return world.agent.walks[slot] = None;
+        }
         Step::LookAtVf => walk.vf = Some(look_at_vf(setting, world, slot, &copy)),
         Step::LookAtQemu => walk.qemu = Some(look_at_qemu(setting, world, slot, &copy)),
         Step::LookForLeft => walk.left = Some(left_in_qemu(setting, world, slot, &copy)),
@@ -367,6 +377,7 @@ fn obey(setting: &Setting, world: &mut World, slot: Slot, mut walk: Walk, due: &
             walk.at = At::Cleaning;
         }
         Step::ClearDevice => {
+            close_gates(setting, world, slot, &copy);
             if let (Some(vf), Some(VfState::Held)) = (copy.device, walk.vf.map(|seen| seen.state)) {
                 world.vf_mut(vf).left = true;
             }
@@ -474,41 +485,4 @@ fn send(
         }
     }
     true
-}
-
-/// The API server takes a decision in.
-pub fn land(setting: &Setting, world: &mut World, slot: Slot, write: Write) {
-    let Some(mut copy) = world.copies[slot] else {
-        return;
-    };
-    match write {
-        Write::Device(vf) => copy.device = Some(vf),
-        Write::Attachment(pod) => copy.attachment = Some(pod),
-        Write::TakeOver { vf, pod } => (copy.device, copy.attachment) = (Some(vf), Some(pod)),
-        Write::ForgetAttachment => {
-            unplugged_for_sure(setting, world, slot, &copy);
-            (copy.attachment, copy.ready) = (None, false);
-        }
-        Write::ClearDevice => {
-            unplugged_for_sure(setting, world, slot, &copy);
-            if let (Some(vf), false) = (copy.device, copy.deleting) {
-                // It gave way to another claim. Should this be carried out so late that it has
-                // begun with the VF after all, what it did is undone when the VF is given again.
-                world.vf_mut(vf).left = true;
-            }
-            (copy.attachment, copy.device, copy.ready) = (None, None, false);
-        }
-    }
-    world.written(slot);
-    world.copies[slot] = Some(copy);
-}
-
-/// An attachment is given up: no QEMU may have the VF, and none may have left its group open.
-fn unplugged_for_sure(setting: &Setting, world: &mut World, slot: Slot, copy: &HostCopy) {
-    let vm = &world.vms[setting.vm_of[slot]];
-    let has = vm.devices[slot].is_some_and(|device| device.guest == copy.guest);
-    let lingers = copy.attachment.is_some() && copy.device.is_some_and(|vf| world.vf(vf).lingers);
-    if has || lingers {
-        world.broke(Breach::UnplugWaits);
-    }
 }

@@ -3,11 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 
+use common::api::ReclaimPolicy;
 use stateright::{Model, Property};
 
 use crate::agent::{self, Luck};
 use crate::world::{At, Breach, Process, Setting, Slot, World};
-use crate::{clusters, moments, nature, settle};
+use crate::{clusters, decisions, moments, nature, reclaim, settle};
 
 /// Something that happens. Its name and its place are what a trace shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +49,9 @@ pub enum Action {
     VmRunsAgain(usize),
     StrangerOpens(u8),
     StrangerCloses(u8),
+    /// Nobody has a VF, and the count is brought to what it is to be.
+    AgentResizes,
+    AdministratorGivesBack(u8),
 }
 
 /// A bounded world, checked over all its histories.
@@ -127,7 +131,7 @@ pub fn happen(setting: &Setting, world: &mut World, action: Action) -> bool {
         Action::RequestLands(slot) => match world.wire[slot].take() {
             None => false,
             Some(write) => {
-                agent::land(setting, world, slot, write);
+                decisions::land(setting, world, slot, write);
                 true
             }
         },
@@ -150,6 +154,8 @@ pub fn happen(setting: &Setting, world: &mut World, action: Action) -> bool {
         Action::VmRunsAgain(vm) => nature::run_again(world, vm),
         Action::StrangerOpens(group) => nature::intrude(setting, world, group),
         Action::StrangerCloses(group) => nature::leave(world, group),
+        Action::AgentResizes => reclaim::resize_idle(setting, world),
+        Action::AdministratorGivesBack(vf) => reclaim::give_back(setting, world, vf),
     }
 }
 
@@ -161,6 +167,10 @@ fn forget<T: Default + PartialEq>(place: &mut T) -> bool {
 pub fn candidates(setting: &Setting, into: &mut Vec<Action>) {
     use Action as A;
     into.extend([A::AgentStarts, A::AgentRecovers, A::AgentIsKilled]);
+    if setting.reclaim != ReclaimPolicy::Return {
+        into.push(A::AgentResizes);
+        into.extend((0..setting.total_vfs).map(A::AdministratorGivesBack));
+    }
     for slot in setting.slots() {
         into.extend([
             A::AgentFetches(slot),
@@ -261,6 +271,7 @@ fn always() -> Vec<Property<Checked>> {
             w,
             Breach::NoDeathByAbsence
         )),
+        always!("reclaim-keeps", |_, w| kept(w, Breach::ReclaimKeeps)),
         always!("one-to-one", |_, w| kept(w, Breach::OneToOne)
             && one_to_one(w)),
         always!("clean-handover", |_, w| {

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use common::api::{
-    GUEST_FINALIZER, GuestCluster, GuestClusterSpec, GuestClusterStatus, VFClaim, VFClaimSpec,
-    VFClaimStatus, VFClass, VFClassSpec,
+    GUEST_FINALIZER, GuestCluster, GuestClusterSpec, GuestClusterStatus, ReclaimPolicy, VFClaim,
+    VFClaimSpec, VFClaimStatus, VFClass, VFClassSpec,
 };
 use guest_syncer::mirror::up::{self, GuestId, Release, Up};
 use guest_syncer::node_identity::NodeIdentity;
@@ -24,6 +24,8 @@ pub enum Due {
     Nothing,
     /// Take the finalizer off.
     Release,
+    /// Enter the copy's VF into what the PhysicalFunction withholds.
+    Withhold,
     Write {
         finalizer: bool,
         /// The copy with the decision in it, when there is one.
@@ -31,7 +33,7 @@ pub enum Due {
     },
 }
 
-type DueKey = (Slot, usize, HostCopy, Option<u8>);
+type DueKey = (Slot, usize, ReclaimPolicy, HostCopy, Option<u8>);
 
 thread_local! {
     // Plans are asked for again and again over the same few claims.
@@ -40,7 +42,7 @@ thread_local! {
 
 /// The controller's plan for a copy whose VM runs in `pod`.
 pub fn controller_due(setting: &Setting, slot: Slot, copy: &HostCopy, pod: Option<u8>) -> Due {
-    let key = (slot, setting.vm_of[slot], *copy, pod);
+    let key = (slot, setting.vm_of[slot], setting.reclaim, *copy, pod);
     if let Some(known) = DUE.with_borrow(|due| due.get(&key).copied()) {
         return known;
     }
@@ -64,7 +66,11 @@ fn controller_plan(setting: &Setting, slot: Slot, copy: &HostCopy, pod: Option<u
         cluster_uid: Some("kube-system".into()),
         ..GuestClusterStatus::default()
     });
-    let mut class = VFClass::new("gold", VFClassSpec::default());
+    let spec = VFClassSpec {
+        reclaim_policy: setting.reclaim,
+        ..VFClassSpec::default()
+    };
+    let mut class = VFClass::new("gold", spec);
     class.metadata.uid = Some("class".into());
     let vmi = Vmi {
         namespace: "vms".into(),
@@ -93,6 +99,9 @@ fn controller_plan(setting: &Setting, slot: Slot, copy: &HostCopy, pod: Option<u
     assert_eq!(plan.pin, None, "the cluster's UID is pinned from the start");
     if plan.release {
         return Due::Release;
+    }
+    if plan.withhold.is_some() {
+        return Due::Withhold;
     }
     let decision = plan.decision.map(|patch| {
         let mut status = serde_json::to_value(claim.status).unwrap();

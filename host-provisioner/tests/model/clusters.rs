@@ -6,6 +6,7 @@
 use guest_syncer::mirror::up::Release;
 
 use crate::cluster_facts::{self as facts, Due};
+use crate::reclaim;
 use crate::world::{Breach, Controller, Guest, HostCopy, Setting, Slot, Syncer, World};
 
 /// One step of the controller on a copy. False: there is none.
@@ -16,8 +17,12 @@ pub fn controller(setting: &Setting, world: &mut World, slot: Slot) -> bool {
                 return false;
             };
             let pod = world.running(setting.vm_of[slot]);
-            if facts::controller_due(setting, slot, &copy, pod) == Due::Nothing {
-                return false;
+            let settled = world.settled[slot] == Some(copy.uid);
+            let withheld = |vf: u8| settled || world.withheld[usize::from(vf)].is_some();
+            match facts::controller_due(setting, slot, &copy, pod) {
+                Due::Nothing => return false,
+                Due::Withhold if copy.device.is_some_and(withheld) => return false,
+                _ => {}
             }
             let fresh = true;
             world.controllers[slot] = Controller::Read { copy, fresh, pod };
@@ -27,6 +32,7 @@ pub fn controller(setting: &Setting, world: &mut World, slot: Slot) -> bool {
             match facts::controller_due(setting, slot, &copy, pod) {
                 Due::Nothing => {}
                 Due::Release => release(world, slot, fresh),
+                Due::Withhold => reclaim::withhold(world, slot, &copy),
                 Due::Write {
                     finalizer: true, ..
                 } => finalize(world, slot, copy, fresh, pod),

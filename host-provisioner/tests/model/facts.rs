@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 
 use common::api::{
-    Admitted, AttachmentStatus, DeviceStatus, GrantedNetwork, GuestRef, HOST_FINALIZER, Launcher,
-    LinkState, PfSelector, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef, host_claim_name,
+    Admitted, AttachmentStatus, ClaimRef, DeviceStatus, GrantedNetwork, GuestRef, HOST_FINALIZER,
+    Launcher, LinkState, PfSelector, Transport, VFClaim, VFClaimSpec, VFClaimStatus, VmRef,
+    host_claim_name,
 };
 use common::pci::{PciAddress, PciId};
 use host_provisioner::controller::admit::derived_mac;
@@ -20,7 +21,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::world::{HELD, Held, HostCopy, Setting, Slot, World};
 
 pub const NODE: &str = "host1";
-const PF: &str = "pf";
+pub const PF: &str = "pf";
 pub const NAMESPACE: &str = "claims";
 /// The resourceVersion of a copy as it is now, and of any earlier state of it.
 const NOW: &str = "now";
@@ -48,6 +49,15 @@ pub fn guest_name(slot: Slot) -> String {
 
 pub fn long_ago() -> Time {
     Time(Timestamp::UNIX_EPOCH)
+}
+
+/// A copy by its UID.
+pub fn reference(slot: Slot, uid: u8) -> ClaimRef {
+    ClaimRef {
+        namespace: NAMESPACE.into(),
+        name: String::new(),
+        uid: copy_uid(slot, uid),
+    }
 }
 
 /// The copy as the API server would show it.
@@ -95,6 +105,7 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
             class_uid: "class".into(),
             pf_selector: PfSelector::default(),
             num_vfs: None,
+            reclaim_policy: setting.reclaim,
             network: GrantedNetwork {
                 mac_address: derived_mac(guest_uid),
                 vlan: None,
@@ -149,10 +160,9 @@ pub fn ledger(setting: &Setting, held: &[Option<Held>; HELD]) -> Ledger {
                 physical_function: PF.into(),
                 index: held.vf.into(),
             },
-            claim: common::api::ClaimRef {
-                namespace: NAMESPACE.into(),
+            claim: ClaimRef {
                 name: host_claim_name(&guest_uid(slot, held.guest)),
-                uid: copy_uid(slot, held.uid),
+                ..reference(slot, held.uid)
             },
             mac_address: derived_mac(&guest_uid(slot, held.guest)),
             wanted: None,
@@ -318,6 +328,9 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         vfs,
         managed: true,
         desired: None,
+        withheld: crate::reclaim::entries(setting, world),
+        resize: None,
+        resizing: false,
         holders,
         probes,
         macs: BTreeMap::new(),

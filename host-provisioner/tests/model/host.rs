@@ -4,6 +4,7 @@
 use host_provisioner::node::plan::{Close, close_after_release};
 
 use crate::agent::Luck;
+use crate::reclaim;
 use crate::world::{
     Breach, Device, HostCopy, Outcome, QemuSeen, Setting, Slot, VfSeen as Looked, VfState, Walk,
     World,
@@ -116,6 +117,7 @@ pub fn free_to_touch(
         return None;
     }
     reserved(world, slot, copy);
+    reclaim::touched(setting, world, slot, copy, vf);
     if world.in_use(vf) {
         world.broke(Breach::InUseStays);
     }

@@ -1,10 +1,11 @@
 //! What must be reached for the rest to mean something: a rule that is never in danger is not
 //! shown to hold. Each world has those moments that its bounds allow.
 
+use common::api::ReclaimPolicy;
 use stateright::Property;
 
 use crate::checker::Checked;
-use crate::world::{At, Device, Held, Outcome, Process, Setting, Vm, Walk, World, Write};
+use crate::world::{At, Device, Held, Outcome, Process, Setting, Vm, Walk, Withheld, World, Write};
 
 type Needs = fn(&Setting) -> bool;
 type Seen = fn(&Checked, &World) -> bool;
@@ -16,7 +17,7 @@ pub fn due(setting: &Setting) -> Vec<Property<Checked>> {
         .collect()
 }
 
-const MOMENTS: [(&str, Needs, Seen); 14] = [
+const MOMENTS: [(&str, Needs, Seen); 15] = [
     (
         "a claim is ready",
         |_| true,
@@ -126,6 +127,15 @@ const MOMENTS: [(&str, Needs, Seen); 14] = [
             let taken = |vf: u8| w.foreign_has(checked.setting.group(vf));
             let claimed = w.copies.iter().flatten().filter_map(|copy| copy.device);
             claimed.into_iter().any(taken)
+        },
+    ),
+    (
+        "a claim is gone and its VF is withheld",
+        |s| s.reclaim != ReclaimPolicy::Return,
+        |_, w| {
+            let mut withheld = w.withheld.iter().flatten();
+            let copy = |entry: &Withheld| w.copies[usize::from(entry.slot)];
+            withheld.any(|entry| copy(entry).is_none_or(|copy| copy.uid != entry.uid))
         },
     ),
     (

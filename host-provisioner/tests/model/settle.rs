@@ -72,6 +72,8 @@ fn turn(setting: &Setting, world: &World) -> Option<World> {
         .chain((0..setting.total_vfs).map(Action::KernelLetsGo))
         .chain((0..setting.total_vfs).map(Action::StrangerCloses))
         .chain([Action::AgentStarts, Action::AgentRecovers])
+        .chain([Action::AgentResizes])
+        .chain((0..setting.total_vfs).map(Action::AdministratorGivesBack))
         .chain(vms.map(Action::VmRunsAgain))
         .chain(slots().flat_map(|slot| guests(setting, slot)))
         .chain(slots().map(|slot| Action::AgentSteps(slot, Luck::Answered)));

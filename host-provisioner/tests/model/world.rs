@@ -5,6 +5,10 @@
 //! which the next write by somebody else takes away. A compare-and-swap succeeds while it is
 //! there. This keeps worlds equal that differ in history alone.
 
+use common::api::ReclaimPolicy;
+
+use crate::reclaim::Reclaim;
+
 /// Claims in the guest cluster, by name.
 pub const SLOTS: usize = 2;
 /// VFs that the one PF can have.
@@ -68,6 +72,13 @@ pub struct Vf {
     pub left: bool,
     /// A QEMU that had it is gone or let it go, and the kernel has its group still open.
     pub lingers: bool,
+}
+
+/// A claim's VF that nobody gets: whose it was, by the UID of its copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Withheld {
+    pub slot: u8,
+    pub uid: u8,
 }
 
 /// A device inside a QEMU; its id is a function of the claim's slot and guest UID.
@@ -173,6 +184,7 @@ pub struct Walk {
     pub at: At,
     /// It has the VM's turn.
     pub turn: bool,
+    pub reclaim: Reclaim,
 }
 
 /// An entry of the agent's ledger.
@@ -278,6 +290,7 @@ pub enum Breach {
     UnplugWaits,
     CleanHandover,
     NoDeathByAbsence,
+    ReclaimKeeps,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -292,6 +305,10 @@ pub struct World {
     /// The PF has its VFs.
     pub vfs_made: bool,
     pub vfs: [Vf; VFS],
+    /// `spec.withheld`, by VF.
+    pub withheld: [Option<Withheld>; VFS],
+    /// `status.resize`: of each slot's copies, the last one whose destroyed VF has gone.
+    pub settled: [Option<u8>; SLOTS],
     /// Bit by IOMMU group: a process that is none of ours has it open.
     pub foreign: u8,
     pub vms: [Vm; VMS],
@@ -316,6 +333,8 @@ pub struct Setting {
     /// Controller and guest-syncer read and write in steps of their own; else each look and
     /// what follows from it are one step.
     pub stepwise: bool,
+    /// What becomes of the VFs of all claims.
+    pub reclaim: ReclaimPolicy,
     pub budget: Budget,
 }
 
@@ -360,6 +379,8 @@ impl Setting {
             wire: [None; SLOTS],
             vfs_made: false,
             vfs: [Vf::default(); VFS],
+            withheld: [None; VFS],
+            settled: [None; SLOTS],
             foreign: 0,
             vms: [Vm::default(); VMS],
             agent: Agent::default(),

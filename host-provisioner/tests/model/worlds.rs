@@ -1,6 +1,8 @@
 //! The worlds that are checked: which claims, VMs, groups and how much may go wrong. What may go
 //! wrong is bounded, and everything that may is tried in every order.
 
+use common::api::ReclaimPolicy;
+
 use crate::check;
 use crate::world::{Budget, Setting};
 
@@ -22,6 +24,7 @@ const ALONE: Setting = Setting {
     group_of: [0, 1],
     vm_of: [0, 0],
     stepwise: true,
+    reclaim: ReclaimPolicy::Return,
     budget: NOTHING,
 };
 
@@ -44,6 +47,46 @@ fn a_claim_and_its_successor() {
         ..NOTHING
     };
     check("a claim and its successor", Setting { budget, ..ALONE });
+}
+
+#[test]
+fn claims_whose_vfs_do_not_go_back() {
+    let budget = Budget {
+        kills: 1,
+        lost: 1,
+        deletes: [1, 0],
+        remakes: [1, 0],
+        ..NOTHING
+    };
+    for (name, reclaim) in [
+        (
+            "a claim whose VF is destroyed, and its successor",
+            ReclaimPolicy::Destroy,
+        ),
+        (
+            "a claim whose VF is retained, and its successor",
+            ReclaimPolicy::Retain,
+        ),
+    ] {
+        let setting = Setting {
+            reclaim,
+            budget,
+            ..ALONE
+        };
+        check(name, setting);
+        // Two claims over it, and a stranger.
+        let setting = Setting {
+            reclaim,
+            total_vfs: 1,
+            budget: Budget {
+                foreign: 1,
+                deletes: [1, 0],
+                ..NOTHING
+            },
+            ..PAIR
+        };
+        check(&format!("{name}, two claims"), setting);
+    }
 }
 
 #[test]

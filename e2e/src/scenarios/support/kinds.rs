@@ -60,14 +60,25 @@ impl Lab<'_> {
         self.allow(&[CLASS, DEFAULT_CLASS, name]).await
     }
 
+    /// A class of the harness's own over all managed PFs with this reclaim policy.
+    pub async fn class_reclaiming(&self, name: &str, policy: &str) -> Result<()> {
+        self.class_with(name, json!({"reclaimPolicy": policy}))
+            .await?;
+        self.allow(&[CLASS, DEFAULT_CLASS, name]).await
+    }
+
     /// A class of the harness's own that the guest may not use.
     pub async fn class_for_others(&self, name: &str, selector: Value) -> Result<()> {
+        self.class_with(name, json!({"pfSelector": selector})).await
+    }
+
+    async fn class_with(&self, name: &str, spec: Value) -> Result<()> {
         let api: Api<VFClass> = Api::all(self.host.clone());
         let class: VFClass = serde_json::from_value(json!({
             "apiVersion": "sriov.harvesterhci.io/v1alpha1",
             "kind": "VFClass",
             "metadata": {"name": name, "labels": {MARK: "yes"}},
-            "spec": {"pfSelector": selector},
+            "spec": spec,
         }))?;
         api.create(&PostParams::default(), &class)
             .await

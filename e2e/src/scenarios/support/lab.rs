@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use super::far::{Shell, sh};
 use super::site::{self, Switch, TraceEvent};
-use super::{claims, kinds, l1, ports, second, stops};
+use super::{claims, kinds, l1, pool, ports, second, stops};
 use crate::context::DataCentre;
 use crate::machine::{self, L1, L2, Machine};
 
@@ -172,6 +172,7 @@ for n in $(ip netns list); do case $n in e2e*) ip netns del $n;; esac; done; tru
         claims::remove_all(self).await?;
         second::remove(self).await?;
         kinds::remove_all(self).await?;
+        pool::restore(self).await?;
         let (mut all, kernel) =
             tokio::try_join!(self.qemu.pci(), l1::pf(&self.l1, &self.wired.address))?;
         if ports::any(&all) {

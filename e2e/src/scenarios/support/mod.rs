@@ -11,6 +11,7 @@ pub mod l2;
 pub mod lab;
 pub mod outage;
 pub mod pods;
+pub mod pool;
 pub mod ports;
 pub mod second;
 pub mod site;

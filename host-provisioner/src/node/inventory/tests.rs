@@ -24,6 +24,9 @@ fn input(vfs: u16) -> PfInput {
         vfs: kernel.virtual_functions(facts().address).unwrap(),
         managed: true,
         desired: None,
+        withheld: Vec::new(),
+        resize: None,
+        resizing: false,
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
@@ -32,7 +35,15 @@ fn input(vfs: u16) -> PfInput {
 }
 
 fn report(input: PfInput) -> PhysicalFunctionStatus {
-    function_status(&PfView::new(input), &[], Some(1), &now())
+    function_status(&PfView::new(input), about(&[]), &now())
+}
+
+fn about(conditions: &[Condition]) -> About<'_> {
+    About {
+        conditions,
+        generation: Some(1),
+        resize_failed: None,
+    }
 }
 
 fn ready_of(status: &PhysicalFunctionStatus) -> (&str, &str, &str) {
@@ -215,7 +226,7 @@ fn an_unchanged_report_is_equal() {
     let later = Time(k8s_openapi::jiff::Timestamp::from_second(60).unwrap());
     let view = PfView::new(input(7));
     assert_eq!(
-        function_status(&view, &first.conditions, Some(1), &later),
+        function_status(&view, about(&first.conditions), &later),
         first
     );
 }

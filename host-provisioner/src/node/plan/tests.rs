@@ -9,6 +9,9 @@ fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
         attachment,
         reported: false,
         doubled: false,
+        reclaim: ReclaimPolicy::Return,
+        withheld: false,
+        withheld_from_it: false,
     }
 }
 
@@ -292,12 +295,8 @@ fn a_device_that_left_unasked_is_lost_with_its_cause_and_a_new_one_is_none() {
 #[test]
 fn a_claim_that_the_controller_has_not_bound_is_left_alone() {
     let facts = ClaimFacts {
-        deleting: false,
         bound: false,
-        device: false,
-        attachment: false,
-        reported: false,
-        doubled: false,
+        ..claim(false, false, false)
     };
     assert_eq!(next_step(facts, &Seen::default()), Step::Rest);
 }
@@ -339,4 +338,68 @@ fn what_vfs_share_stays_open_while_qemu_may_have_one() {
     assert_eq!(close_after_add(Added::No, 1), Close::Group);
     assert_eq!(close_after_release(0), Close::All);
     assert_eq!(close_after_release(1), Close::Group);
+}
+
+#[test]
+fn a_vf_that_does_not_go_back_is_let_go_of_when_it_is_withheld() {
+    let going = |reclaim, attachment, withheld| ClaimFacts {
+        reclaim,
+        withheld,
+        ..claim(true, true, attachment)
+    };
+    let seen = |state: Vf, clean| Seen {
+        qemu: Some(Qemu::Gone),
+        vf: vf(state, true, clean),
+        left: Some(Left::Nothing),
+        ..Seen::default()
+    };
+    use ReclaimPolicy::{Destroy, Retain, Return};
+    for attachment in [true, false] {
+        // What goes is cleaned first, what stays is not touched.
+        for (policy, free) in [
+            (Return, Step::Clean),
+            (Destroy, Step::Clean),
+            (Retain, Step::AwaitWithheld),
+        ] {
+            let facts = going(policy, attachment, false);
+            assert_eq!(next_step(facts, &seen(Vf::VfioFree, false)), free);
+        }
+        for state in [Vf::Driverless, Vf::Absent, Vf::OtherDriver("igbvf".into())] {
+            let seen = seen(state, true);
+            for policy in [Destroy, Retain] {
+                let step = next_step(going(policy, attachment, false), &seen);
+                assert_eq!(step, Step::AwaitWithheld);
+                let step = next_step(going(policy, attachment, true), &seen);
+                assert_eq!(step, Step::ClearDevice);
+            }
+            let step = next_step(going(Return, attachment, false), &seen);
+            assert_eq!(step, Step::ClearDevice);
+        }
+    }
+    // Nothing of this comes before the device is out and its group is let go.
+    let held = Seen {
+        vf: vf(Vf::VfioHeld, true, false),
+        ..seen(Vf::Absent, true)
+    };
+    let step = next_step(going(Retain, true, true), &held);
+    assert!(matches!(step, Step::Wait(wait) if wait.reason == reason::UNPLUG_PENDING));
+    let somebodys = next_step(going(Destroy, false, false), &held);
+    assert_eq!(somebodys, Step::AwaitWithheld);
+}
+
+#[test]
+fn a_claim_that_names_a_vf_withheld_since_another_had_it_lets_go_of_it_untouched() {
+    for deleting in [false, true] {
+        let facts = ClaimFacts {
+            withheld_from_it: true,
+            ..claim(deleting, true, false)
+        };
+        assert_eq!(next_step(facts, &Seen::default()), Step::ClearDevice);
+        // Unless it is in use: then it is the claim's until it is given back.
+        let attached = ClaimFacts {
+            attachment: true,
+            ..facts
+        };
+        assert_eq!(next_step(attached, &Seen::default()), Step::LookAtQemu);
+    }
 }

@@ -36,12 +36,16 @@ pub enum Refusal {
         existing: usize,
         /// Of them, those that no claim has and that are not ours to give.
         foreign: usize,
+        /// Of them, those that `spec.withheld` keeps from everybody.
+        withheld: usize,
         /// VFs that it could have.
         total: u16,
         holders: Vec<Holder>,
     },
     /// Its VFs do not exist yet and are promised to another VM.
     BeingMade,
+    /// The number of its VFs is being changed.
+    Resizing,
 }
 
 /// Who has a MAC.
@@ -78,7 +82,7 @@ impl Refusal {
             Self::MacInUse { .. } => reason::MAC_IN_USE,
             Self::NotIsolated(_) => reason::NOT_ISOLATED,
             Self::NoFreeVf { .. } => reason::NO_FREE_VF,
-            Self::BeingMade => reason::PENDING,
+            Self::BeingMade | Self::Resizing => reason::PENDING,
         }
     }
 
@@ -93,7 +97,7 @@ impl Refusal {
             Self::NotIsolated(_) => 5,
             Self::NoFreeVf { .. } => 6,
             Self::MacInUse { .. } => 7,
-            Self::BeingMade => 8,
+            Self::BeingMade | Self::Resizing => 8,
         }
     }
 
@@ -132,24 +136,40 @@ impl Refusal {
             Self::NoFreeVf {
                 existing,
                 foreign,
+                withheld,
                 total,
                 holders,
-            } => no_free_vf(pf, *existing, *foreign, *total, &names.list(holders)),
+            } => {
+                let counts = (*existing, *foreign, *withheld);
+                no_free_vf(pf, counts, *total, &names.list(holders))
+            }
             Self::BeingMade => format!(
                 "the VFs of {pf} are being made for a claim of another VM; this claim goes on by \
                  itself when they exist"
+            ),
+            Self::Resizing => format!(
+                "the number of VFs of {pf} is being changed; this claim goes on by itself when \
+                 that is done"
             ),
         }
     }
 }
 
-fn no_free_vf(pf: &str, existing: usize, foreign: usize, total: u16, holders: &str) -> String {
+fn no_free_vf(
+    pf: &str,
+    (existing, foreign, withheld): (usize, usize, usize),
+    total: u16,
+    holders: &str,
+) -> String {
     let mut words = format!("{pf} has no free VF: {existing} of at most {total} exist");
     if !holders.is_empty() {
         words += &format!(", held by {holders}");
     }
     if foreign > 0 {
         words += &format!(", {foreign} in use by something else on the host");
+    }
+    if withheld > 0 {
+        words += &format!(", {withheld} withheld since their claims went");
     }
     if existing < usize::from(total) {
         words += ". More can be made only while none of them is in use";
@@ -174,6 +194,21 @@ fn isolation(conflict: GroupConflict) -> String {
              administrator has to put the card below a port that isolates (ACS)"
         ),
     }
+}
+
+/// Claims by name, for an administrator, each with its VM's UID.
+#[must_use]
+pub fn claims_words(holders: &[Holder]) -> String {
+    let one = |holder: &Holder| {
+        let (namespace, name) = (&holder.claim.namespace, &holder.claim.name);
+        format!("{namespace}/{name} (VM {})", holder.vm_uid)
+    };
+    let mut parts: Vec<String> = holders.iter().take(MOST_NAMED).map(one).collect();
+    let more = holders.len().saturating_sub(MOST_NAMED);
+    if more > 0 {
+        parts.push(format!("{more} more"));
+    }
+    parts.join(", ")
 }
 
 /// Names claims to whom it may: all to an administrator, to a tenant its own.

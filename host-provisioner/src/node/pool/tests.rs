@@ -2,6 +2,8 @@
 
 mod properties;
 mod refusals;
+mod resize;
+mod withheld;
 
 use common::api::{ClaimRef, GrantedNetwork, LinkState, VFClaim, VlanProtocol, reason};
 
@@ -59,6 +61,9 @@ pub(super) fn input(pf: &str, vfs: u16) -> PfInput {
         vfs: kernel.virtual_functions(facts.address).unwrap(),
         managed: true,
         desired: None,
+        withheld: Vec::new(),
+        resize: None,
+        resizing: false,
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
@@ -362,43 +367,6 @@ fn a_backend_that_makes_single_vfs_grows_beside_used_ones() {
     view.desired = Some(2);
     let error = choose(&[view], &wish("a")).unwrap_err();
     assert_eq!(error.reason(), reason::NO_FREE_VF);
-}
-
-#[test]
-fn a_resize_is_applied_when_idle_and_waits_else() {
-    let view = |edit: fn(&mut PfInput)| {
-        let mut pool = input(PF1, 3);
-        pool.desired = Some(5);
-        edit(&mut pool);
-        resize(&PfView::new(pool))
-    };
-    assert_eq!(view(|_| {}), Resize::Apply { from: 3, to: 5 });
-    assert_eq!(
-        view(|pool| pool.desired = Some(99)),
-        Resize::Apply { from: 3, to: 7 }
-    );
-    for keep in [
-        |pool: &mut PfInput| pool.desired = None,
-        |pool: &mut PfInput| pool.desired = Some(3),
-        |pool: &mut PfInput| pool.managed = false,
-        |pool: &mut PfInput| pool.facts.in_use_by_host = Some("bond".to_owned()),
-        |pool: &mut PfInput| pool.facts.driver = None,
-    ] {
-        assert_eq!(view(keep), Resize::Keep);
-    }
-    for busy in [
-        |pool: &mut PfInput| pool.holders = vec![holder("b", 0)],
-        |pool: &mut PfInput| pool.holders = vec![holder("b", 6)],
-        |pool: &mut PfInput| pool.vfs[1].driver = Some("igbvf".to_owned()),
-        |pool: &mut PfInput| pool.vfs[1].driver = Some(VFIO_PCI.to_owned()),
-        |pool: &mut PfInput| drop(pool.vfs.pop()),
-    ] {
-        assert!(
-            matches!(view(busy), Resize::Pending { from: 3, to: 5, .. }),
-            "{:?}",
-            view(busy)
-        );
-    }
 }
 
 #[test]

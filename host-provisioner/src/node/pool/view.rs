@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use common::api::{VfCounts, VfState};
+use common::api::{ResizeStatus, VfCounts, VfState, WithheldReason, WithheldVf, withheld_in_force};
 use common::pci::PciAddress;
 
 use crate::driver::{Capabilities, driver_for};
@@ -50,8 +50,10 @@ pub struct VfView {
     pub iommu_group: Option<u32>,
     pub group_members: Vec<PciAddress>,
     pub state: VfState,
-    /// Set if and only if `state` is `Foreign`.
+    /// Set if `state` is `Foreign`, and where a `Retired` one would be.
     pub foreign: Option<ForeignReason>,
+    /// Set if and only if `state` is `Retired`.
+    pub withheld: Option<WithheldReason>,
     /// The claims that name it: one, unless something broke the rule.
     pub holders: Vec<Holder>,
     /// The MAC that the kernel reports, where it was asked.
@@ -69,6 +71,12 @@ pub struct PfInput {
     pub managed: bool,
     /// `spec.numVFs`.
     pub desired: Option<u16>,
+    /// `spec.withheld`.
+    pub withheld: Vec<WithheldVf>,
+    /// The last change of the count.
+    pub resize: Option<ResizeStatus>,
+    /// The count is being changed at this moment.
+    pub resizing: bool,
     /// The claims whose `status.device` names this PF.
     pub holders: Vec<Holder>,
     /// Probes of the groups that [`groups_to_probe`] asked for.
@@ -86,6 +94,12 @@ pub struct PfView {
     pub facts: PfFacts,
     pub managed: bool,
     pub desired: Option<u16>,
+    /// The entries of `spec.withheld` that are in force, of VFs that exist and of others.
+    pub withheld: Vec<WithheldVf>,
+    /// The last change of the count; of the destroyed VFs those whose entries are still there.
+    pub resize: Option<ResizeStatus>,
+    /// The count is being changed at this moment: no claim gets a VF.
+    pub resizing: bool,
     /// What its backend can; `None`: there is no backend for it.
     pub capabilities: Option<Capabilities>,
     /// Why its backend serves nobody with it, as it is set up.
@@ -121,7 +135,13 @@ pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
 
 impl PfView {
     #[must_use]
-    pub fn new(input: PfInput) -> Self {
+    pub fn new(mut input: PfInput) -> Self {
+        let resize = input.resize.take().map(|mut last| {
+            let entered = |uid: &String| input.withheld.iter().any(|vf| vf.claim.uid == *uid);
+            last.destroyed.retain(entered);
+            last
+        });
+        input.withheld = withheld_in_force(&input.withheld, resize.as_ref());
         let mut vfs: Vec<VfView> = input.vfs.iter().map(|vf| view(vf, &input)).collect();
         for holder in &input.holders {
             if !vfs.iter().any(|vf| vf.index == holder.vf_index) {
@@ -136,6 +156,9 @@ impl PfView {
             name: input.name,
             managed: input.managed,
             desired: input.desired,
+            withheld: input.withheld,
+            resize,
+            resizing: input.resizing,
             stuck: input.stuck.get(&input.facts.address).copied(),
             facts: input.facts,
             vfs,
@@ -165,6 +188,7 @@ impl PfView {
             attached: count(VfState::Attached),
             foreign: count(VfState::Foreign),
             broken: count(VfState::Broken),
+            retired: count(VfState::Retired),
         }
     }
 
@@ -183,8 +207,10 @@ impl PfView {
             let Some(other) = self.vfs.iter().find(|vf| vf.address == Some(*member)) else {
                 return Some(GroupConflict::Stranger(*member));
             };
-            if matches!(other.state, VfState::Foreign | VfState::Broken)
-                || other.holders.iter().any(|holder| holder.vm_uid != vm_uid)
+            if matches!(
+                other.state,
+                VfState::Foreign | VfState::Broken | VfState::Retired
+            ) || other.holders.iter().any(|holder| holder.vm_uid != vm_uid)
             {
                 return Some(GroupConflict::OtherUser(*member));
             }
@@ -213,6 +239,7 @@ fn promised(index: u16, holders: &[Holder]) -> VfView {
         group_members: Vec::new(),
         state: claimed_state(&holders),
         foreign: None,
+        withheld: None,
         holders,
         mac: None,
     }
@@ -243,8 +270,14 @@ fn view(vf: &VfFacts, input: &PfInput) -> VfView {
     } else {
         None
     };
+    let withheld = input
+        .withheld
+        .iter()
+        .find(|entry| entry.vf_index == vf.index && holders.is_empty() && !broken)
+        .map(|entry| entry.reason);
     let state = match &foreign {
         _ if broken => VfState::Broken,
+        _ if withheld.is_some() => VfState::Retired,
         Some(_) => VfState::Foreign,
         None if holders.is_empty() => VfState::Free,
         None => claimed_state(&holders),
@@ -257,6 +290,7 @@ fn view(vf: &VfFacts, input: &PfInput) -> VfView {
         group_members: vf.group_members.clone(),
         state,
         foreign,
+        withheld,
         holders,
         mac: input.macs.get(&vf.index).copied(),
     }

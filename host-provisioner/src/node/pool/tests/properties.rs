@@ -134,7 +134,7 @@ proptest! {
             prop_assert!(choice.vf_index < count && count <= pool.facts.total_vfs);
             prop_assert!(pool.holders.iter().all(|holder| holder.vf_index < count));
         }
-        if let Resize::Apply { from, to } = resize(&view) {
+        if let Resize::Apply(Change { from, to, .. }) = super::resize(&view) {
             prop_assert!(pool.holders.is_empty());
             prop_assert!(pool.managed && pool.facts.in_use_by_host.is_none());
             prop_assert_eq!(from, pool.facts.num_vfs);
