@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
+use e2e::programs::Share;
 use e2e::{
     cache, deploy, exec, fuzz, interrupt, lint, logs, machine, mutants, oci_runtime, progress,
     runner,
@@ -233,7 +234,7 @@ async fn run(verb: Verb) -> Result<()> {
         Verb::Deploy => {
             let _one = cache::lock(&paths, "deploy")?;
             let dc = running(paths).await?;
-            let images = deploy::build(&dc.ctx.paths)?;
+            let images = deploy::build(&dc.ctx.paths, Share::Own)?;
             deploy::up(&dc, &images).await
         }
         Verb::Machine => {
