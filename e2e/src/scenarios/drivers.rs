@@ -8,7 +8,7 @@ use common::api::{
 };
 use futures::FutureExt;
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use super::support::far::sh;
@@ -39,7 +39,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             needs: Needs::BareMachines,
             when: When::Long,
             name: "step2-driver-installed",
-            shows: "L1 comes up without igb: a HostDriver brings it, the PF gets its interface, and a claim goes all the way",
+            shows: "L1 comes up without igb: a HostDriver brings it, the PF becomes a PhysicalFunction, and a claim goes all the way",
             run: |dc| step2(dc).boxed(),
         },
     ]
@@ -54,30 +54,25 @@ async fn step2(dc: &DataCentre) -> Result<()> {
     let function = "for d in /sys/bus/pci/devices/*; do [[ -e $d/sriov_totalvfs && ! -e $d/driver ]] && echo ${d##*/}; done; true";
     let address = sh(&l1, function).await?;
     let host = dc.host.client();
-    let object = kinds::physical_function(&host, &address).await?;
     let functions: Api<PhysicalFunction> = Api::all(host.clone());
-    let bare = functions.get(&object).await?;
-    let status = bare.status.unwrap_or_default();
-    let why = condition(&status.conditions, type_::READY).map(|c| c.reason.clone());
+    let nodes: Api<SriovNode> = Api::all(host.clone());
+    let told = nodes.get(L1_NODE).await?.status.unwrap_or_default().missing;
+    let none = functions.list(&ListParams::default()).await?.items;
     ensure!(
-        status.driver.is_none() && why.as_deref() == Some(reason::UNSUPPORTED_DRIVER),
-        "without a driver it says {why:?}: {status:?}"
+        none.is_empty() && told.iter().any(|words| words.contains(&address)),
+        "of a card without a driver there is {none:?}, and L1 says {told:?}"
     );
 
     let wishes: Api<HostDriver> = Api::all(host.clone());
     make(&wishes, "e2e-card", "igb", &[]).await?;
-    // The very object: an administrator's consent is for this piece of hardware.
-    let what = "the same PhysicalFunction to have its driver and interface";
-    watch::until(&functions, &object, what, DONE, |pf| {
-        let status = pf.and_then(|p| p.status.clone()).unwrap_or_default();
-        let done = status.driver.as_deref() == Some("igb") && status.interface_name.is_some();
-        Ok(if done {
-            Probe::Ready(())
-        } else {
-            Probe::NotYet(format!("{:?} {:?}", status.driver, status.interface_name))
-        })
-    })
-    .await?;
+    let object = kinds::physical_function(&host, &address)
+        .await
+        .context("after the driver came")?;
+    let status = functions.get(&object).await?.status.unwrap_or_default();
+    ensure!(
+        status.driver.as_deref() == Some("igb") && status.interface_name.is_some(),
+        "the PhysicalFunction says {status:?}"
+    );
     sh(&l1, "[[ $(</sys/module/igb/initstate) == live ]]").await?;
     counted(&wishes, "e2e-card", 1).await?;
 

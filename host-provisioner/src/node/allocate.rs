@@ -56,7 +56,7 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
                 one(kernel, name, facts, held, &stuck)
             })
             .collect::<Result<_, _>>()?;
-        Ok((snapshots, found.ambiguous))
+        Ok((snapshots, found.left_out))
     })
     .await
 }

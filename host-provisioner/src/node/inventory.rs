@@ -44,16 +44,21 @@ pub fn physical_function_name(node: &str, identity: &str) -> String {
 pub struct Inventory {
     /// By object name.
     pub functions: BTreeMap<String, PfFacts>,
-    /// Hardware that cannot be told apart, a sentence each: it gets no object,
-    /// because consent for one would be consent for the other.
-    pub ambiguous: Vec<String>,
+    /// Hardware that gets no object, a sentence each: what cannot be told apart, because consent
+    /// for one would be consent for the other; and, where there is nothing else, what cannot say
+    /// who it is before it has a driver.
+    pub left_out: Vec<String>,
 }
 
 /// Which object stands for which function of this node.
 #[must_use]
 pub fn inventory(node: &str, pfs: &[PfFacts]) -> Inventory {
     let mut by_name: BTreeMap<String, Vec<&PfFacts>> = BTreeMap::new();
-    for pf in pfs {
+    // Its driver will bring a MAC address, and with it another identity.
+    let (nameless, named): (Vec<_>, Vec<_>) = pfs
+        .iter()
+        .partition(|pf| pf.driver.is_none() && pf.serial.is_none());
+    for pf in named {
         let name = physical_function_name(node, &pf.identity);
         by_name.entry(name).or_default().push(pf);
     }
@@ -65,10 +70,18 @@ pub fn inventory(node: &str, pfs: &[PfFacts]) -> Inventory {
         }
         let addresses: Vec<String> = same.iter().map(|pf| pf.address.to_string()).collect();
         let identity = same.first().map_or("", |pf| pf.identity.as_str());
-        found.ambiguous.push(format!(
+        found.left_out.push(format!(
             "the functions {} say of themselves the same ({identity}), so they cannot be told \
              apart and are left alone; give each a serial number or MAC address of its own",
             addresses.join(" and ")
+        ));
+    }
+    if found.functions.is_empty() && !nameless.is_empty() {
+        let what = |pf: &&PfFacts| format!("{} ({}:{})", pf.address, pf.vendor, pf.device);
+        let what: Vec<String> = nameless.iter().map(what).collect();
+        found.left_out.push(format!(
+            "Without a kernel driver nothing is known of {}: load it, for example by a HostDriver.",
+            what.join(", ")
         ));
     }
     found
@@ -387,7 +400,7 @@ pub fn missing(facts: &NodeFacts, found: &Inventory) -> Vec<String> {
                 .to_owned(),
         );
     }
-    missing.extend(found.ambiguous.iter().cloned());
+    missing.extend(found.left_out.iter().cloned());
     missing
 }
 

@@ -58,7 +58,7 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
 
 /// Publishes once.
 pub async fn publish(agent: &Agent) -> Result<(), ReconcileError> {
-    let (mut snapshots, ambiguous) = snapshot(agent).await?;
+    let (mut snapshots, left_out) = snapshot(agent).await?;
     let mut views = self::views(agent, &agent.ledger.lock(), &snapshots);
     let resized = resized(agent, &mut views).await;
     if !matches!(resized, Ok(false)) {
@@ -83,7 +83,7 @@ pub async fn publish(agent: &Agent) -> Result<(), ReconcileError> {
             apply(&api, &name, "PhysicalFunction", json!(status)).await?;
         }
     }
-    node(agent, &snapshots, ambiguous).await?;
+    node(agent, &snapshots, left_out).await?;
     resized.map(drop)
 }
 
@@ -149,7 +149,7 @@ pub(super) async fn function(
 async fn node(
     agent: &Agent,
     snapshots: &[PfSnapshot],
-    ambiguous: Vec<String>,
+    left_out: Vec<String>,
 ) -> Result<(), ReconcileError> {
     let facts = vf::blocking(&agent.kernel, |kernel| Ok(kernel.node_facts()?)).await?;
     let found = inventory::Inventory {
@@ -157,7 +157,7 @@ async fn node(
             .iter()
             .map(|s| (s.name.clone(), s.facts.clone()))
             .collect(),
-        ambiguous,
+        left_out,
     };
     let api: Api<SriovNode> = Api::all(agent.client.clone());
     let object = match api.get_opt(&agent.node_name).await? {

@@ -101,7 +101,7 @@ fn an_identity_outlives_renumbering() {
 fn each_function_gets_an_object_and_twins_get_none() {
     let other = igb_pf("0000:02:00.0".parse().unwrap());
     let found = inventory("node-a", &[facts(), other.clone()]);
-    assert_eq!((found.functions.len(), found.ambiguous.len()), (2, 0));
+    assert_eq!((found.functions.len(), found.left_out.len()), (2, 0));
     let twin = PfFacts {
         address: "0000:03:00.0".parse().unwrap(),
         ..facts()
@@ -109,8 +109,36 @@ fn each_function_gets_an_object_and_twins_get_none() {
     let found = inventory("node-a", &[facts(), other.clone(), twin]);
     let kept: Vec<&PfFacts> = found.functions.values().collect();
     assert_eq!(kept, [&other]);
-    let words = found.ambiguous.join("");
+    let words = found.left_out.join("");
     assert!(words.contains("0000:01:00.0 and 0000:03:00.0"), "{words}");
+}
+
+#[test]
+fn a_card_that_cannot_say_who_it_is_waits_for_its_driver() {
+    let bare = PfFacts {
+        driver: None,
+        mac: None,
+        permanent_mac: None,
+        interface: None,
+        serial: None,
+        ..igb_pf("0000:01:00.0".parse().unwrap())
+    };
+    let found = inventory("node-a", std::slice::from_ref(&bare));
+    assert!(found.functions.is_empty());
+    let words = found.left_out.join("");
+    assert!(
+        words.contains("0000:01:00.0 (8086:10c9)") && words.contains("HostDriver"),
+        "{words}"
+    );
+    // A serial number is one with any driver or none.
+    let serial = PfFacts {
+        serial: Some("525400ffff000101".into()),
+        ..bare.clone()
+    };
+    assert_eq!(inventory("node-a", &[serial.clone()]).functions.len(), 1);
+    // A node with other cards is no worse for it.
+    let found = inventory("node-a", &[serial, bare]);
+    assert_eq!((found.functions.len(), found.left_out.len()), (1, 0));
 }
 
 #[test]
