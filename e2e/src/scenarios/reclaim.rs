@@ -14,6 +14,7 @@ const RETAIN: &str = "e2e-retain";
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![scenario!(
+        Long,
         "reclaim-policies",
         "a destroyed VF is missing from the kernel's count once nobody has one, a retained one stays as it was until it is given back, and another number waits for who holds a VF",
         reclaim_policies
