@@ -134,7 +134,13 @@ async fn apply(agent: &Agent, name: &str) -> Result<bool, ReconcileError> {
     let made = match done {
         Ok(()) => Some(to),
         // The driver has no more, and will not have more by being asked again.
-        Err(VfError::Driver(DriverError::Kernel(KernelError::VfCount { got, wanted, .. }))) => {
+        Err(VfError::Driver(
+            DriverError::Kernel(KernelError::VfCount { got, wanted, .. })
+            | DriverError::Explained {
+                error: KernelError::VfCount { got, wanted, .. },
+                ..
+            },
+        )) => {
             tracing::error!(
                 pf = name,
                 wanted,
