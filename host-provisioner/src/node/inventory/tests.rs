@@ -135,7 +135,12 @@ fn a_card_that_cannot_say_who_it_is_waits_for_its_driver() {
         serial: Some("525400ffff000101".into()),
         ..bare.clone()
     };
-    assert_eq!(inventory("node-a", &[serial.clone()]).functions.len(), 1);
+    assert_eq!(
+        inventory("node-a", std::slice::from_ref(&serial))
+            .functions
+            .len(),
+        1
+    );
     // A node with other cards is no worse for it.
     let found = inventory("node-a", &[serial, bare]);
     assert_eq!((found.functions.len(), found.left_out.len()), (1, 0));
