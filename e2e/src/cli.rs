@@ -11,7 +11,6 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::paths::Paths;
-use e2e::programs::Share;
 use e2e::{
     cache, deploy, exec, fuzz, interrupt, lint, logs, machine, mutants, oci_runtime, progress,
     runner,
@@ -234,7 +233,7 @@ async fn run(verb: Verb) -> Result<()> {
         Verb::Deploy => {
             let _one = cache::lock(&paths, "deploy")?;
             let dc = running(paths).await?;
-            let images = deploy::build(&dc.ctx.paths, Share::Own)?;
+            let images = deploy::build(&dc.ctx.paths)?;
             deploy::up(&dc, &images).await
         }
         Verb::Machine => {

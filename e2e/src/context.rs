@@ -5,7 +5,6 @@ use anyhow::{Context as _, Result};
 use crate::clusters::{self, Cluster};
 use crate::docker::{self, Docker};
 use crate::paths::Paths;
-use crate::programs::Share;
 use crate::tools::{self, Tools};
 use crate::{deploy, machine, node_image, progress};
 
@@ -67,7 +66,7 @@ impl DataCentre {
         // Before the machines boot: an emulated machine beside a compiler runs into its
         // units' and leases' deadlines.
         let paths = dc.ctx.paths.clone();
-        let images = tokio::task::spawn_blocking(move || deploy::build(&paths, Share::Own))
+        let images = tokio::task::spawn_blocking(move || deploy::build(&paths))
             .await
             .context("building the images")??;
         machine::up(&dc).await?;

@@ -22,7 +22,7 @@ pub mod mutants;
 pub mod node_image;
 pub mod oci_runtime;
 pub mod paths;
-pub mod programs;
+pub(crate) mod programs;
 pub mod progress;
 pub mod runner;
 pub mod scenarios;

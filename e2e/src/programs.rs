@@ -15,24 +15,10 @@ const TARGET: &str = "x86_64-unknown-linux-musl";
 /// too slowly, and a release build, which takes too long to wait for.
 const PROFILE: &str = "image";
 
-/// How a compiler takes its share of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Share {
-    /// Somebody waits for it.
-    Own,
-    /// What others leave.
-    Rest,
-}
-
 /// Compiles all programs of `packages`, static, with `features` (`package/feature`), and
 /// returns their folder. The target folder
 /// is the cache's own: `cargo e2e` may be running out of the checkout's, and as another user.
-pub(crate) fn compile(
-    paths: &Paths,
-    packages: &[&str],
-    features: &[&str],
-    share: Share,
-) -> Result<PathBuf> {
+pub(crate) fn compile(paths: &Paths, packages: &[&str], features: &[&str]) -> Result<PathBuf> {
     debian::ensure(paths, &["musl-tools"])?;
     ensure_target()?;
     let target_dir = paths.cache().join("target");
@@ -41,7 +27,7 @@ pub(crate) fn compile(
     progress::step(
         &format!("compiling {}, static", packages.join(" and ")),
         |_| {
-            cargo(share)
+            cargo()
                 .args([
                     "build",
                     "--locked",
@@ -71,7 +57,7 @@ fn forget_other_checkouts(paths: &Paths, target_dir: &Path) -> Result<()> {
     if std::fs::read_to_string(&mark).is_ok_and(|was| was == source) {
         return Ok(());
     }
-    cargo(Share::Own)
+    cargo()
         .args(["clean", "--workspace", "--target", TARGET])
         .args(["--profile", PROFILE, "--target-dir"])
         .arg(target_dir)
@@ -83,12 +69,9 @@ fn forget_other_checkouts(paths: &Paths, target_dir: &Path) -> Result<()> {
 }
 
 /// The cargo that started this program, without what it told only to this program.
-fn cargo(share: Share) -> Cmd {
+fn cargo() -> Cmd {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut cmd = match share {
-        Share::Own => Cmd::new(program),
-        Share::Rest => Cmd::new("nice").args(["-n", "19"]).arg(program),
-    };
+    let mut cmd = Cmd::new(program);
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {

@@ -49,9 +49,8 @@ pub(crate) fn cargo() -> Cmd {
 /// all others.
 const WAITS: &str = "guest-syncer";
 
-/// Runs `cargo test` of the workspace with the API server's programs at hand; `meanwhile` is
-/// done while they run, since much of that time is waiting.
-pub fn unit(paths: &Paths, meanwhile: impl FnOnce() + Send) -> Result<Count> {
+/// Runs `cargo test` of the workspace with the API server's programs at hand.
+pub fn unit(paths: &Paths) -> Result<Count> {
     // The monitor's tests talk to a real QEMU, the netlink tests use ip, the initramfs's cpio,
     // those of the mutants git.
     debian::ensure(paths, &["iproute2", "qemu-system-x86", "cpio", "git"])?;
@@ -67,7 +66,6 @@ pub fn unit(paths: &Paths, meanwhile: impl FnOnce() + Send) -> Result<Count> {
         }
         let (most, rest) = std::thread::scope(|scope| {
             let beside = scope.spawn(|| tests(paths, "cargo-test-waiting", &rest));
-            scope.spawn(meanwhile);
             let most = tests(paths, "cargo-test", &most);
             (most, beside.join())
         });

@@ -7,10 +7,9 @@ use anyhow::{Result, ensure};
 use e2e::context::{self, Ctx, DataCentre};
 use e2e::machine::{self, Pulse};
 use e2e::paths::Paths;
-use e2e::programs::Share;
 use e2e::runner::{self, Count, Ran};
 use e2e::scenarios::{self, Needs, Scenario};
-use e2e::{deploy, interrupt, logs, progress};
+use e2e::{interrupt, logs, progress};
 
 /// What is to be run, and what is left after it.
 pub(crate) struct Wish<'a> {
@@ -38,15 +37,7 @@ pub(crate) async fn run(paths: Paths, wish: Wish<'_>) -> Result<()> {
     let ctx = Ctx::prepare(paths)?;
     let mut count = Count::default();
     if names.is_empty() {
-        let machines = wanted.iter().any(|s| s.needs >= Needs::Machines);
-        let programs = || {
-            // What is wrong with it is said when the data centre needs them.
-            let built = machines.then(|| deploy::build(&ctx.paths, Share::Rest));
-            if let Some(Err(error)) = built {
-                progress::line(&format!("the programs: {error:#}"));
-            }
-        };
-        count = count.and(runner::unit(&ctx.paths, programs)?);
+        count = count.and(runner::unit(&ctx.paths)?);
     }
     let was_running = context::runs(&ctx)?;
     let (bare, wanted): (Vec<_>, Vec<_>) = wanted

@@ -9,7 +9,7 @@ use crate::archive;
 use crate::cache::{self, Key};
 use crate::node_image::install;
 use crate::paths::Paths;
-use crate::programs::{self, Share};
+use crate::programs;
 
 /// The kubelet leaves names of this registry alone, and nothing is ever pulled from it.
 const REGISTRY: &str = "localhost/vf-provisioner";
@@ -40,10 +40,9 @@ pub struct Images {
 
 /// Compiles what changed and packs it. Unlike the released image the host-provisioner's has
 /// points at which scenarios stop it.
-pub fn build(paths: &Paths, share: Share) -> Result<Images> {
+pub fn build(paths: &Paths) -> Result<Images> {
     let packages = ["host-provisioner", "guest-syncer"];
-    let points = ["host-provisioner/crash-points"];
-    let bin = programs::compile(paths, &packages, &points, share)?;
+    let bin = programs::compile(paths, &packages, &["host-provisioner/crash-points"])?;
     Ok(Images {
         host_provisioner: pack(paths, &bin, "host-provisioner")?,
         guest_syncer: pack(paths, &bin, "guest-syncer")?,

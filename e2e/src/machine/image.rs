@@ -194,8 +194,7 @@ pub(super) fn ensure(paths: &Paths, tools: &Tools, images: &[PathBuf]) -> Result
         key = key.text("image", archive.to_string_lossy().as_bytes());
     }
     let dir = cache::artefact(paths, "machine-image", &key, |out| {
-        let agent = programs::compile(paths, &["channel"], &[], programs::Share::Own)?
-            .join("channel-agent");
+        let agent = programs::compile(paths, &["channel"], &[])?.join("channel-agent");
         progress::step("making the machine image", |_| {
             fill(out, &debian, tools, &agent, images)
         })
