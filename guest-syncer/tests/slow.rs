@@ -35,13 +35,14 @@ async fn whole_way(world: &World, name: &str) {
     world.gone(name).await;
 }
 
-/// The writes to the host's claims since, without their names.
+/// The writes to the host's claims, without their names. A POST that comes before the watch
+/// has shown the copy finds the name taken and changes nothing, so such count as one.
 fn to_the_host(gate: &Gate) -> Vec<Method> {
     let about_copies = |write: &Write| write.path.contains(&format!("/namespaces/{CLAIMS}/"));
     let sent = gate.sent().into_iter();
-    sent.filter(about_copies)
-        .map(|write| write.method)
-        .collect()
+    let mut methods: Vec<_> = sent.filter(about_copies).map(|w| w.method).collect();
+    methods.dedup_by(|next, last| *next == Method::POST && next == last);
+    methods
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -71,13 +72,12 @@ async fn a_link_longer_than_the_patience_makes_no_second_copy_and_loses_none() {
     world.claim("old", "w1").await;
     world.says("old", "Synced", "True", "Synced").await;
 
-    // The request is carried out; its answer comes when nobody waits any more.
+    // Requests may be carried out; their answers come when nobody waits any more.
     world.wire.lengthen(patience);
     let claim = world.claim("new", "w1").await;
     world
         .says("new", "Synced", "False", "HostUnreachable")
         .await;
-    let copy = world.copy_of(&claim).await;
     world.delete("old").await;
     world
         .says("old", "Synced", "False", "HostUnreachable")
@@ -88,13 +88,15 @@ async fn a_link_longer_than_the_patience_makes_no_second_copy_and_loses_none() {
     world.gone("old").await;
     let copies = world.host_claims().list(&ListParams::default()).await;
     let copies: Vec<VFClaim> = copies.unwrap().items;
-    let uids: Vec<_> = copies.iter().map(|c| c.metadata.uid.clone()).collect();
+    let of = copies
+        .iter()
+        .filter_map(|c| Some(c.spec.guest.as_ref()?.uid.clone()));
+    let of: Vec<String> = of.collect();
     assert_eq!(
-        uids,
-        [copy.metadata.uid],
-        "the copy that the first request made"
+        of,
+        [claim.metadata.uid.unwrap()],
+        "one copy, of the one claim"
     );
-    // What was tried again found the name taken.
-    assert!(to_the_host(&gate).contains(&Method::POST));
+    assert!(to_the_host(&gate).contains(&Method::DELETE));
     world.stop().await;
 }

@@ -228,7 +228,21 @@ async fn two_controllers_at_once_bind_each_claim_once_and_then_rest() {
     }
     for claim in &all {
         let past = &decided[&claim.name_any()];
-        assert_eq!(past.len(), 2, "nothing, then the decision: {past:?}");
+        // One that has not heard of the VM yet may admit it, and leave the VM to the next look.
+        let bound = past.iter().filter(|s| s.host_node.is_some()).count();
+        assert!(
+            bound == 1 && past.len() <= 3,
+            "decided other than once: {past:?}"
+        );
+        let grants: Vec<_> = past.iter().filter_map(|s| s.admitted.clone()).collect();
+        assert!(
+            grants.windows(2).all(|w| w[0] == w[1]),
+            "granted twice: {past:?}"
+        );
+        assert!(
+            past.last().unwrap().host_node.is_some(),
+            "taken back: {past:?}"
+        );
     }
     // Of the guest's own objects there is one each; the names see to that.
     let label = ListParams::default().labels("sriov.harvesterhci.io/guest-cluster=blue");
