@@ -55,15 +55,21 @@ pub fn replay(target: &Target, path: &Path) -> std::io::Result<usize> {
         (target.run)(&std::fs::read(path)?);
         return Ok(1);
     }
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path)? {
-        files.push(entry?.path());
-    }
-    files.sort();
+    let files = files(path)?;
     for file in &files {
         // Shown by the test harness when the next line panics.
         println!("{}", file.display());
         (target.run)(&std::fs::read(file)?);
     }
     Ok(files.len())
+}
+
+/// The files of a folder, by name.
+fn files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        files.push(entry?.path());
+    }
+    files.sort();
+    Ok(files)
 }

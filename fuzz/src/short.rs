@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use fastrand::Rng;
 
-use crate::{Target, corpus, json};
+use crate::{Target, corpus, files, json};
 
 /// Most bytes that an input grows by in one run.
 const GROWTH: usize = 256;
@@ -28,11 +28,7 @@ thread_local! {
 /// # Panics
 /// The target's panic goes on.
 pub fn run(target: &Target, inputs: usize) -> io::Result<()> {
-    let mut kept = Vec::new();
-    for entry in std::fs::read_dir(corpus().join(target.name))? {
-        kept.push(entry?.path());
-    }
-    kept.sort();
+    let kept = files(&corpus().join(target.name))?;
     let kept = kept
         .iter()
         .map(std::fs::read)

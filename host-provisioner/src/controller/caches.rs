@@ -231,7 +231,8 @@ fn is_granted(claim: &VFClaim) -> bool {
     claim.status.as_ref().is_some_and(|s| s.admitted.is_some())
 }
 
-fn watch<K>(
+/// What happens to all objects of a kind.
+pub(super) fn watch<K>(
     client: &Client,
 ) -> impl Stream<Item = watcher::Result<watcher::Event<Guarded<K>>>> + use<K>
 where
@@ -251,7 +252,7 @@ where
 
 /// Feeds a cache from its watch, for ever: errors are logged and the watch goes
 /// on with back-off, as kube's does by itself.
-async fn feed<K>(
+pub(super) async fn feed<K>(
     what: &'static str,
     events: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send,
     writer: reflector::store::Writer<K>,

@@ -47,8 +47,8 @@ pub(super) async fn reconcile(
     Ok(RESYNC)
 }
 
-/// The PF of a claim that has a device and a spec that is not decided yet. Asked for, not
-/// watched: specs of attached claims change seldom, the reports of PFs often.
+/// The PF of a claim that has a device and a spec that is not decided yet. Asked for, though it
+/// is watched: a grant is not taken back for what a cache had not heard yet.
 async fn pf_in_question(
     controller: &Controller,
     claim: &VFClaim,

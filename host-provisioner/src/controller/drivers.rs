@@ -8,15 +8,12 @@ use common::api::{
 };
 use common::kube::status::{Report, report};
 use common::kube::{is_conflict, is_gone};
-use futures::StreamExt as _;
 use kube::runtime::reflector::{self, Store};
-use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client, Resource, ResourceExt as _};
-use serde::de::DeserializeOwned;
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Map, json};
-use tokio::sync::watch;
 
 use super::MANAGER;
+use super::caches::{Guarded, feed, readable, watch};
 
 /// Changes within this time are one look: a fleet of agents starts at once.
 const DEBOUNCE: Duration = Duration::from_secs(1);
@@ -90,9 +87,16 @@ pub fn summary(driver: &HostDriver, nodes: &[&SriovNode]) -> (NodeCounts, NewCon
 
 /// Keeps the counts until it is dropped.
 pub(super) async fn run(client: Client) {
-    let (changes, mut changed) = watch::channel(());
-    let (drivers, on_drivers) = followed::<HostDriver>(&client, changes.clone());
-    let (nodes, on_nodes) = followed::<SriovNode>(&client, changes);
+    let (changes, mut changed) = tokio::sync::watch::channel(());
+    let (drivers, driver_writer) = reflector::store();
+    let (nodes, node_writer) = reflector::store();
+    let told = changes.clone();
+    let on_drivers = feed("hostdrivers", watch(&client), driver_writer, move |_| {
+        told.send_replace(());
+    });
+    let on_nodes = feed("sriovnodes", watch(&client), node_writer, move |_| {
+        changes.send_replace(());
+    });
     let count = async {
         if drivers.wait_until_ready().await.is_err() || nodes.wait_until_ready().await.is_err() {
             return;
@@ -117,14 +121,14 @@ pub(super) async fn run(client: Client) {
 
 async fn count(
     client: &Client,
-    drivers: &Store<HostDriver>,
-    nodes: &Store<SriovNode>,
+    drivers: &Store<Guarded<HostDriver>>,
+    nodes: &Store<Guarded<SriovNode>>,
 ) -> Result<(), kube::Error> {
     let api: Api<HostDriver> = Api::all(client.clone());
-    let nodes = nodes.state();
-    let nodes: Vec<&SriovNode> = nodes.iter().map(AsRef::as_ref).collect();
-    for driver in drivers.state() {
-        let (counts, condition) = summary(&driver, &nodes);
+    let (drivers, nodes) = (drivers.state(), nodes.state());
+    let nodes = readable(&nodes);
+    for driver in readable(&drivers) {
+        let (counts, condition) = summary(driver, &nodes);
         let status = driver.status.clone().unwrap_or_default();
         let fields = |counts| Map::from_iter([("nodes".to_owned(), json!(counts))]);
         let says = Report {
@@ -135,7 +139,7 @@ async fn count(
             fields: fields(counts),
         };
         let before = status.conditions.clone();
-        let written = report(&api, &driver, &before, &fields(status.nodes), &says).await;
+        let written = report(&api, driver, &before, &fields(status.nodes), &says).await;
         match written {
             Ok(_) => {}
             // Gone, or made anew: its event is on its way.
@@ -144,39 +148,6 @@ async fn count(
         }
     }
     Ok(())
-}
-
-/// A store, and what fills it.
-fn followed<K>(
-    client: &Client,
-    changed: watch::Sender<()>,
-) -> (Store<K>, impl Future<Output = ()> + use<K>)
-where
-    K: Resource<DynamicType = ()>
-        + Clone
-        + std::fmt::Debug
-        + DeserializeOwned
-        + Send
-        + Sync
-        + 'static,
-{
-    let (store, writer) = reflector::store();
-    let stream = watcher(Api::<K>::all(client.clone()), watcher::Config::default())
-        .default_backoff()
-        .reflect(writer)
-        .touched_objects();
-    let fill = async move {
-        let mut touched = std::pin::pin!(stream);
-        while let Some(seen) = touched.next().await {
-            match seen {
-                Ok(_) => {
-                    changed.send_replace(());
-                }
-                Err(error) => tracing::warn!(%error, kind = %K::kind(&()), "watching"),
-            }
-        }
-    };
-    (store, fill)
 }
 
 #[cfg(test)]

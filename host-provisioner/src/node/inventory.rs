@@ -255,8 +255,7 @@ fn ready(view: &PfView) -> NewCondition {
 
 /// Whether the number of VFs is as it is to be; `None` where nothing is done about it.
 fn resized(view: &PfView, failed: Option<String>) -> Option<NewCondition> {
-    let ours = view.managed && view.facts.in_use_by_host.is_none() && view.unserviceable.is_none();
-    if !ours || view.capabilities.is_none() {
+    if !view.is_ours() || view.capabilities.is_none() {
         return None;
     }
     let no = |reason: &str, message: String| {

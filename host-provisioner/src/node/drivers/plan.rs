@@ -1,6 +1,6 @@
 //! What is due for the modules that this node is to have. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use common::api::{DriverStatus, HostDriver, reason};
 use kube::ResourceExt as _;
@@ -245,7 +245,7 @@ fn loaded_words(wanted: &Wanted, facts: &ModuleFacts) -> String {
 
 /// The parameters that the module's file does not have.
 #[must_use]
-pub fn unknown(wanted: &Wanted, known: &std::collections::BTreeSet<String>) -> Option<Word> {
+pub fn unknown(wanted: &Wanted, known: &BTreeSet<String>) -> Option<Word> {
     let names = wanted.parameters.keys();
     let strange: Vec<&str> = names
         .filter(|n| !known.contains(*n))

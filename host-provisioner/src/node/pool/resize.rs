@@ -97,8 +97,7 @@ fn due(pf: &PfView) -> Option<(Change, bool)> {
     let by_count = pf
         .capabilities
         .is_some_and(|capabilities| capabilities.growth == Growth::AllAtOnce);
-    let ours = pf.managed && pf.facts.in_use_by_host.is_none() && pf.unserviceable.is_none();
-    if !ours || pf.stuck.is_some() || !by_count {
+    if !pf.is_ours() || pf.stuck.is_some() || !by_count {
         return None;
     }
     let (from, total) = (pf.facts.num_vfs, pf.facts.total_vfs);

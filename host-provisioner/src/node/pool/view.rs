@@ -134,6 +134,13 @@ pub fn groups_to_probe(vfs: &[VfFacts], holders: &[Holder]) -> Vec<u32> {
 }
 
 impl PfView {
+    /// Whether VFs of it may be made and taken away: an administrator has given consent, the
+    /// host does not use it, and its set-up is one that serves.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.managed && self.facts.in_use_by_host.is_none() && self.unserviceable.is_none()
+    }
+
     #[must_use]
     pub fn new(mut input: PfInput) -> Self {
         let resize = input.resize.take().map(|mut last| {
