@@ -61,7 +61,7 @@ fn write_identity(folder: &Path, inline: &str) {
 
 #[tokio::test]
 async fn a_renewed_certificate_is_used_without_a_restart() {
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let folder = tempfile::tempdir().unwrap();
     write_identity(folder.path(), &server.kubeconfig_for("first", &[]).unwrap());
     let options = ClientOptions {
@@ -88,7 +88,6 @@ async fn a_renewed_certificate_is_used_without_a_restart() {
         async move { whoami(client).await.unwrap() == "second" }
     })
     .await;
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -105,8 +104,7 @@ async fn a_kubeconfig_that_is_not_there_is_named() {
 
 /// A server with our CRDs and the claim `a`.
 async fn with_a_claim() -> (TestApiServer, Api<VFClaim>, VFClaim) {
-    let server = TestApiServer::start().await.unwrap();
-    server.install_crds(&crds()).await.unwrap();
+    let server = TestApiServer::lend(&[&crds()]).await.unwrap();
     let api: Api<VFClaim> = Api::namespaced(server.admin(), "default");
     let made = api.create(&PostParams::default(), &claim("a")).await;
     (server, api, made.unwrap())
@@ -133,7 +131,7 @@ fn claim(name: &str) -> VFClaim {
 
 #[tokio::test]
 async fn decisions_are_fenced_and_reports_keep_to_their_own() {
-    let (server, api, seen) = with_a_claim().await;
+    let (_server, api, seen) = with_a_claim().await;
 
     let decided = decide(&api, &seen, "test", &json!({"hostNode": "n1"}))
         .await
@@ -200,12 +198,11 @@ async fn decisions_are_fenced_and_reports_keep_to_their_own() {
     let error = report(&api, &after, &[], &none, &one).await.unwrap_err();
     assert!(is_conflict(&error), "{error}");
     assert!(api.get("a").await.unwrap().status.is_none());
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn finalizers_are_put_on_and_taken_off_once() {
-    let (server, api, seen) = with_a_claim().await;
+    let (_server, api, seen) = with_a_claim().await;
     let with = finalizer::add(&api, &seen, "example.com/one")
         .await
         .unwrap()
@@ -228,5 +225,4 @@ async fn finalizers_are_put_on_and_taken_off_once() {
         .unwrap()
         .unwrap();
     assert!(api.get_opt("a").await.unwrap().is_none());
-    server.stop().await.unwrap();
 }

@@ -93,7 +93,7 @@ async fn end_of(term: Ended) -> Result<Option<()>, LeaderError> {
 #[tokio::test]
 async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let leases: Api<Lease> = Api::namespaced(server.admin(), "default");
     let holder = || async {
         let lease = leases.get_opt("test").await.unwrap();
@@ -119,13 +119,12 @@ async fn one_leads_the_next_follows_and_a_lost_lease_ends_the_work() {
         ["one leads", "one ended", "two leads", "two ended"]
     );
     drop(stop_two);
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_lost_lease_drops_the_write_in_flight_and_a_stop_finishes_it() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let leases: Api<Lease> = Api::namespaced(server.admin(), "default");
     let maps: Api<ConfigMap> = Api::namespaced(server.admin(), "default");
     let named = |name: &str| ConfigMap {
@@ -188,13 +187,12 @@ async fn a_lost_lease_drops_the_write_in_flight_and_a_stop_finishes_it() {
     assert_eq!(gate.sent().len(), sent.len() + 1, "{:?}", gate.sent());
     assert_eq!(written().await, finished);
     drop(stop);
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_request_that_hangs_makes_no_term_longer() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let story = Story::default();
     let gate = Gate::default();
     let (_stop, one) = start(gate.client(server.admin()), candidate("one"), &story);
@@ -205,13 +203,12 @@ async fn a_request_that_hangs_makes_no_term_longer() {
     story.has("two leads").await;
     assert_eq!(story.told(), ["one leads", "one ended", "two leads"]);
     assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_term_begins_when_the_lease_was_asked_for() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let story = Story::default();
     let gate = Gate::default();
     gate.hold(Hold::Answers);
@@ -234,13 +231,12 @@ async fn a_term_begins_when_the_lease_was_asked_for() {
     story.has("two leads").await;
     assert_eq!(story.told(), ["one leads", "one ended", "two leads"]);
     assert!(matches!(end_of(one).await, Err(LeaderError::Lost(_))));
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn an_answer_after_the_deadline_is_no_term() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let story = Story::default();
     let gate = Gate::default();
     gate.hold(Hold::Answers);
@@ -257,13 +253,12 @@ async fn an_answer_after_the_deadline_is_no_term() {
     story.has("one leads").await;
     stop.cancel();
     assert!(matches!(end_of(one).await, Ok(Some(()))));
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn what_time_a_lease_says_it_is_means_nothing() {
     let _one = ONE.lock().await;
-    let server = TestApiServer::start().await.unwrap();
+    let server = TestApiServer::lend(&[]).await.unwrap();
     let leases: Api<Lease> = Api::namespaced(server.admin(), "default");
     let hours = |h| SignedDuration::from_hours(h);
     let held_by = |who: &str, renewed: Timestamp| Lease {
@@ -301,5 +296,4 @@ async fn what_time_a_lease_says_it_is_means_nothing() {
     let spec = leases.get("test").await.unwrap().spec.unwrap();
     assert_eq!(spec.holder_identity.as_deref(), Some("one"));
     one.abort();
-    server.stop().await.unwrap();
 }

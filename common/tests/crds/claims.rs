@@ -128,7 +128,6 @@ async fn claim_specs() {
     ] {
         create_refused(&api, "VFClaim", with(&network, &[(path, value)]), says).await;
     }
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -191,7 +190,6 @@ async fn claim_targets_and_classes_do_not_change() {
             .await
             .unwrap();
     }
-    server.stop().await.unwrap();
 }
 
 fn device() -> Value {
@@ -272,7 +270,6 @@ async fn claim_status_keeps_its_order() {
         .await
         .unwrap();
     status(&api, &json!({"hostNode": "h2"})).await.unwrap();
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -316,7 +313,6 @@ async fn claim_conditions_are_a_map_with_bounds() {
     ] {
         refused(what, status(&api, &list(conditions)).await, says);
     }
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -349,5 +345,4 @@ async fn claims_are_found_by_their_host_node_and_pfs_by_theirs() {
         .await
         .unwrap();
     assert_eq!(found.items.len(), 1);
-    server.stop().await.unwrap();
 }

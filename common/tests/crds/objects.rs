@@ -83,7 +83,6 @@ async fn classes_have_defaults_and_bounds() {
     ] {
         create_refused(&api, "VFClass", with(&base, &[(path, value)]), says).await;
     }
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -122,7 +121,6 @@ async fn guest_clusters_have_defaults_bounds_and_a_fixed_namespace() {
         .patch("blue", &PatchParams::default(), &Patch::Merge(&moved))
         .await;
     refused("moved", done, "claimNamespace is immutable");
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -193,7 +191,6 @@ async fn physical_functions_keep_their_hardware_and_are_not_managed_unasked() {
         .unwrap();
     let nodes = self::api(server.admin(), "SriovNode", "sriovnodes", false);
     create_accepted(&nodes, "SriovNode", json!({})).await;
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -229,7 +226,6 @@ async fn host_drivers_name_a_module_and_parameters_that_the_kernel_can_read() {
     let other = Patch::Merge(json!({"spec": {"module": "igb"}}));
     let done = api.patch("card", &PatchParams::default(), &other).await;
     refused("another module", done, "module is immutable");
-    server.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -255,5 +251,4 @@ async fn a_field_that_this_host_does_not_know_is_refused_under_strict_validation
         status.message
     );
     assert!(api.get_opt("c").await.unwrap().is_none());
-    server.stop().await.unwrap();
 }

@@ -9,10 +9,8 @@ use serde_json::{Value, json};
 use test_apiserver::TestApiServer;
 
 pub async fn server() -> TestApiServer {
-    let server = TestApiServer::start().await.unwrap();
     let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates");
-    server.install_crds(&crds).await.unwrap();
-    server
+    TestApiServer::lend(&[&crds]).await.unwrap()
 }
 
 pub fn api(client: Client, kind: &str, plural: &str, namespaced: bool) -> Api<DynamicObject> {

@@ -30,7 +30,7 @@ pub(crate) struct Layout {
 #[derive(Clone, Copy)]
 pub(crate) struct Ports {
     pub(crate) api: u16,
-    etcd: u16,
+    pub(crate) etcd: u16,
     peer: u16,
 }
 

@@ -13,25 +13,30 @@
 //! # }
 //! ```
 //!
-//! Keep the server in the test, not in a `static`: a static is never dropped, and its
-//! temporary folder would stay.
+//! A server takes seconds to start and a test often less to run, so tests borrow one
+//! ([`TestApiServer::lend`]): what an earlier test of the process is done with is put back
+//! to what it was when new. [`TestApiServer::start`] is for a test that does to a server what
+//! cannot be undone.
 
+mod crds;
+mod etcd;
 pub mod gate;
 mod keeper;
 pub mod lease;
 mod pki;
+mod pool;
+mod process;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, Config};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::keeper::{Keeper, Layout, Ports};
 use crate::pki::Authority;
+use crate::pool::Loan;
 
 /// How long the server may take to get ready. It needs 3 to 4 s on an idle machine.
 const READY: Duration = Duration::from_secs(120);
@@ -66,6 +71,10 @@ pub enum Error {
         what: String,
         source: Box<kube::Error>,
     },
+    #[error("etcd: {0}")]
+    Etcd(String),
+    #[error("this server was stopped")]
+    Stopped,
     #[error("never were {0} requests held at the gate")]
     NotHeld(usize),
     #[error("{}: {why}", .path.display())]
@@ -79,92 +88,31 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
-/// A running API server with its etcd; stopped when dropped.
+/// A running API server with its etcd.
 pub struct TestApiServer {
-    // Before `dir`: fields drop in order, and the processes write there.
-    keeper: Keeper,
-    authority: Authority,
+    loan: Arc<Loan>,
     admin: Client,
-    url: String,
-    dir: tempfile::TempDir,
 }
 
 impl TestApiServer {
-    /// Starts both processes and returns when `/readyz` says ok.
+    /// A server of one's own, ready when this returns and stopped when it is dropped.
     pub async fn start() -> Result<Self, Error> {
-        // An error means that the test has installed one, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let binaries = find_binaries(|name| std::env::var_os(name).map(PathBuf::from))?;
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match Self::start_once(&binaries).await {
-                // A port may have been taken between its choice and its use.
-                Err(Error::NotReady { last, .. }) if tries < 3 && last == ENDED => {}
-                r => return r,
-            }
-        }
+        prepare();
+        Self::of(pool::own().await?).await
     }
 
-    async fn start_once(binaries: &Path) -> Result<Self, Error> {
-        let dir = tempfile::Builder::new()
-            .prefix("test-apiserver-")
-            .tempdir()
-            .map_err(io("creating a temporary folder"))?;
-        let authority = Authority::new()?;
-        write_certificates(&authority, dir.path())?;
-        let ports = Ports::pick().map_err(io("picking free ports"))?;
-        let layout = Layout {
-            binaries: binaries.to_owned(),
-            dir: dir.path().to_owned(),
-        };
-        let keeper = Keeper::start(&layout, ports)?;
-        let url = format!("https://127.0.0.1:{}", ports.api);
-        let text = kubeconfig(&authority, &url, "admin", &["system:masters"])?;
-        let admin = client(&text).await?;
-        let server = Self {
-            keeper,
-            authority,
-            admin,
-            url,
-            dir,
-        };
-        server.ready().await?;
-        Ok(server)
+    /// A server with the CRDs of the YAML files in `folders` and nothing else: one that an
+    /// earlier test of this process has ended with, or a new one. It is given back when it
+    /// is dropped and the runtime that it was lent in has ended, so nobody still writes.
+    pub async fn lend(folders: &[&Path]) -> Result<Self, Error> {
+        prepare();
+        Self::of(pool::lend(folders).await?).await
     }
 
-    async fn ready(&self) -> Result<(), Error> {
-        let begun = Instant::now();
-        let mut last = String::new();
-        while begun.elapsed() < READY {
-            if !self.keeper.running() {
-                return Err(Error::NotReady {
-                    last: ENDED.into(),
-                    log: self.logs(),
-                });
-            }
-            match self.admin.request_text(get("/readyz")?).await {
-                Ok(text) if text == "ok" => return Ok(()),
-                Ok(text) => last = text,
-                Err(e) => last = e.to_string(),
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Err(Error::NotReady {
-            last,
-            log: self.logs(),
-        })
-    }
-
-    /// The end of both processes' logs.
-    fn logs(&self) -> String {
-        let tail = |name: &str| {
-            let text = std::fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
-            let lines: Vec<&str> = text.lines().rev().take(15).collect();
-            let lines: Vec<&str> = lines.into_iter().rev().collect();
-            format!("--- {name}\n{}", lines.join("\n"))
-        };
-        format!("{}\n{}", tail("etcd.log"), tail("kube-apiserver.log"))
+    async fn of(loan: Arc<Loan>) -> Result<Self, Error> {
+        // Of this runtime: a client does not outlive the one that it was made in.
+        let admin = loan.process()?.admin().await?;
+        Ok(Self { loan, admin })
     }
 
     /// A client of the group `system:masters`.
@@ -176,7 +124,7 @@ impl TestApiServer {
     /// The server's address, `https://127.0.0.1:PORT`.
     #[must_use]
     pub fn url(&self) -> &str {
-        &self.url
+        self.loan.url()
     }
 
     /// A client that authenticates as `user` by certificate, in at most one group.
@@ -186,133 +134,32 @@ impl TestApiServer {
 
     /// A kubeconfig for `user` by certificate, in at most one group; all data inline.
     pub fn kubeconfig_for(&self, user: &str, groups: &[&str]) -> Result<String, Error> {
-        kubeconfig(&self.authority, &self.url, user, groups)
+        self.loan.process()?.kubeconfig(user, groups)
     }
 
     /// Applies every CRD in the YAML files of `dir` and waits until each is established.
     pub async fn install_crds(&self, dir: &Path) -> Result<(), Error> {
-        let kind = GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition");
-        let crds: Api<DynamicObject> = Api::all_with(self.admin(), &ApiResource::from_gvk(&kind));
-        let found = read_crds(dir)?;
-        if found.is_empty() {
-            return Err(Error::Yaml {
-                path: dir.to_owned(),
-                why: "no CRD found".into(),
-            });
-        }
-        for (name, crd) in &found {
-            let params = PatchParams::apply("test-apiserver").force();
-            crds.patch(name, &params, &Patch::Apply(crd))
-                .await
-                .map_err(|e| Error::Api {
-                    what: format!("applying CRD {name}"),
-                    source: Box::new(e),
-                })?;
-        }
-        for (name, _) in &found {
-            established(&crds, name).await?;
-        }
-        Ok(())
+        crds::install(&self.admin, dir).await
     }
 
-    /// Stops the API server, then etcd, and reports what a drop could only print.
-    pub async fn stop(mut self) -> Result<(), Error> {
-        let stopped = tokio::task::spawn_blocking(move || self.keeper.stop()).await;
+    /// Stops the API server, then etcd, and reports what a drop could only print. Nobody
+    /// gets this server any more.
+    pub async fn stop(self) -> Result<(), Error> {
+        let loan = Arc::clone(&self.loan);
+        let stopped = tokio::task::spawn_blocking(move || loan.process()?.stop()).await;
         stopped.map_err(|e| Error::Ended(e.to_string()))?
     }
 }
 
-const ENDED: &str = "a process ended";
-
-fn get(path: &str) -> Result<http::Request<Vec<u8>>, Error> {
-    http::Request::get(path)
-        .body(Vec::new())
-        .map_err(|e| Error::Kubeconfig(e.to_string()))
-}
-
-async fn established(crds: &Api<DynamicObject>, name: &str) -> Result<(), Error> {
-    let begun = Instant::now();
-    loop {
-        let crd = crds.get(name).await.map_err(|e| Error::Api {
-            what: format!("reading CRD {name}"),
-            source: Box::new(e),
-        })?;
-        let conditions = crd
-            .data
-            .pointer("/status/conditions")
-            .cloned()
-            .unwrap_or(Value::Null);
-        let yes = conditions.as_array().is_some_and(|all| {
-            all.iter().any(|c| {
-                c.get("type") == Some(&json!("Established"))
-                    && c.get("status") == Some(&json!("True"))
-            })
-        });
-        if yes {
-            return Ok(());
-        }
-        if begun.elapsed() > ESTABLISHED {
-            return Err(Error::NotEstablished {
-                name: name.to_owned(),
-                last: conditions.to_string(),
-            });
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+impl Drop for TestApiServer {
+    fn drop(&mut self) {
+        self.loan.returns();
     }
 }
 
-fn read_crds(dir: &Path) -> Result<Vec<(String, Value)>, Error> {
-    let bad = |path: &Path, why: String| Error::Yaml {
-        path: path.to_owned(),
-        why,
-    };
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(io(format!("reading {}", dir.display())))? {
-        let path = entry
-            .map_err(io(format!("reading {}", dir.display())))?
-            .path();
-        if path
-            .extension()
-            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
-        {
-            files.push(path);
-        }
-    }
-    files.sort();
-    let mut crds = Vec::new();
-    for path in files {
-        let text =
-            std::fs::read_to_string(&path).map_err(io(format!("reading {}", path.display())))?;
-        let documents: Vec<Value> =
-            serde_saphyr::from_multiple(&text).map_err(|e| bad(&path, e.to_string()))?;
-        for doc in documents {
-            if doc.get("kind") != Some(&json!("CustomResourceDefinition")) {
-                continue;
-            }
-            let name = doc.pointer("/metadata/name").and_then(Value::as_str);
-            let name = name
-                .ok_or_else(|| bad(&path, "a CRD without a name".into()))?
-                .to_owned();
-            crds.push((name, doc));
-        }
-    }
-    Ok(crds)
-}
-
-fn write_certificates(authority: &Authority, dir: &Path) -> Result<(), Error> {
-    let server = authority.server()?;
-    let (token_key, token_pub) = pki::token_key()?;
-    let files = [
-        ("ca.crt", authority.pem()),
-        ("server.crt", server.certificate),
-        ("server.key", server.key),
-        ("tokens.key", token_key),
-        ("tokens.pub", token_pub),
-    ];
-    for (name, data) in files {
-        std::fs::write(dir.join(name), data).map_err(io(format!("writing {name}")))?;
-    }
-    Ok(())
+fn prepare() {
+    // An error means that the test has installed one, which serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 fn kubeconfig(ca: &Authority, url: &str, user: &str, groups: &[&str]) -> Result<String, Error> {
@@ -337,7 +184,7 @@ fn kubeconfig(ca: &Authority, url: &str, user: &str, groups: &[&str]) -> Result<
     Ok(config.to_string())
 }
 
-async fn client(text: &str) -> Result<Client, Error> {
+pub(crate) async fn client(text: &str) -> Result<Client, Error> {
     let bad = |e: &dyn std::fmt::Display| Error::Kubeconfig(e.to_string());
     let parsed = Kubeconfig::from_yaml(text).map_err(|e| bad(&e))?;
     let config = Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())

@@ -73,12 +73,10 @@ impl World {
     /// syncer yet.
     pub async fn new() -> Self {
         let one = ONE.lock().await;
-        let (guest, host) = tokio::join!(TestApiServer::start(), TestApiServer::start());
-        let (guest, host) = (guest.unwrap(), host.unwrap());
         let crds = repo("manifests/vf-crds/templates");
-        let (a, b) = tokio::join!(guest.install_crds(&crds), host.install_crds(&crds));
-        a.unwrap();
-        b.unwrap();
+        let crds = [crds.as_path()];
+        let (guest, host) = tokio::join!(TestApiServer::lend(&crds), TestApiServer::lend(&crds));
+        let (guest, host) = (guest.unwrap(), host.unwrap());
         let wire = Wire::to(host.url()).await;
         let guest_wire = Wire::to(guest.url()).await;
         let world = Self {

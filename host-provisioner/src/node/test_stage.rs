@@ -96,9 +96,8 @@ pub(super) struct Stage {
 impl Stage {
     /// One managed igb PF without VFs.
     pub(super) async fn new() -> Self {
-        let server = TestApiServer::start().await.unwrap();
         let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates");
-        server.install_crds(&crds).await.unwrap();
+        let server = TestApiServer::lend(&[&crds]).await.unwrap();
         let client = server.admin();
         let pf = igb_pf("0000:01:00.0".parse::<PciAddress>().unwrap());
         let kernel = FakeKernel::new([pf.clone()]);

@@ -65,15 +65,11 @@ pub struct Harness {
 impl Harness {
     /// Everything but the controller; class `gold` exists.
     pub async fn new() -> Self {
-        let server = TestApiServer::start().await.unwrap();
-        server
-            .install_crds(&root().join("manifests/vf-crds/templates"))
-            .await
-            .unwrap();
-        server
-            .install_crds(&root().join("e2e/fixtures"))
-            .await
-            .unwrap();
+        let (ours, others) = (
+            root().join("manifests/vf-crds/templates"),
+            root().join("e2e/fixtures"),
+        );
+        let server = TestApiServer::lend(&[&ours, &others]).await.unwrap();
         let admin = server.admin();
         for name in ["vf-system", "vms"] {
             let namespace = Namespace {
@@ -170,7 +166,6 @@ impl Harness {
 
     pub async fn end(mut self) {
         self.halt().await;
-        self.server.stop().await.unwrap();
     }
 
     pub fn claims(&self) -> Api<VFClaim> {
