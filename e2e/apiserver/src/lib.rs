@@ -18,6 +18,7 @@
 //! to what it was when new. [`TestApiServer::start`] is for a test that does to a server what
 //! cannot be undone.
 
+pub mod blind;
 mod crds;
 mod etcd;
 pub mod gate;

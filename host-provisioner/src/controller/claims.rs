@@ -9,7 +9,7 @@ use common::api::{GuestCluster, HOST_FINALIZER, PhysicalFunction, VFClaim, condi
 use common::kube::status::{Report, decide, report};
 use common::kube::{ErrorClass, class_of, finalizer, is_conflict};
 use kube::api::Api;
-use kube::core::DeserializeGuard;
+use kube::core::{DeserializeGuard, DynamicObject};
 use kube::{Client, Resource as _, ResourceExt as _};
 use serde_json::{Map, json};
 
@@ -18,6 +18,7 @@ use super::plan::{Known, Plan, plan};
 use super::quota::Ledger;
 use super::refusal::Refusal;
 use super::run::{Controller, MANAGER, RESYNC, ReconcileError};
+use super::vmi::{self, Vmi};
 use super::withhold_apply;
 
 /// Reconciles one claim; when to look again.
@@ -28,12 +29,13 @@ pub(super) async fn reconcile(
     let api: Api<VFClaim> = namespaced(&controller.client, claim);
     let mut clusters = controller.caches.clusters();
     let pf = pf_in_question(controller, claim).await?;
-    let mut due = decide_with(controller, claim, &clusters, pf.as_ref());
+    let vmis = vmis(controller, claim).await?;
+    let mut due = decide_with(controller, claim, &clusters, &vmis, pf.as_ref());
     if let Some((cluster, uid)) = due.pin.take() {
         let pinned = pin(controller, &cluster, &uid).await?;
         clusters.retain(|c| c.name_any() != cluster);
         clusters.push(Arc::new(DeserializeGuard(Ok(pinned))));
-        due = decide_with(controller, claim, &clusters, pf.as_ref());
+        due = decide_with(controller, claim, &clusters, &vmis, pf.as_ref());
     }
     let done = carry_out(controller, &api, claim, &due).await;
     if let Err(error) = &done {
@@ -66,22 +68,39 @@ async fn pf_in_question(
     Ok(api.get_opt(&device.physical_function).await?)
 }
 
+/// The VMs with the claim's UUID. The one that the claim is bound to is asked for where the cache
+/// has it not: another controller may have bound it by what this one has not heard yet, and a
+/// binding is not taken away because a watch is behind.
+async fn vmis(controller: &Controller, claim: &VFClaim) -> Result<Vec<Vmi>, ReconcileError> {
+    let Some(guest) = &claim.spec.guest else {
+        return Ok(Vec::new());
+    };
+    let mut known = controller.caches.vmis_with_uuid(&guest.system_uuid);
+    let bound = claim.status.as_ref().filter(|s| s.host_node.is_some());
+    let Some(vm) = bound.and_then(|s| s.vm.as_ref()) else {
+        return Ok(known);
+    };
+    if known.iter().all(|vmi| vmi.uid != vm.uid) {
+        let client = controller.client.clone();
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(client, &vm.namespace, &vmi::api_resource());
+        let found = api.get_opt(&vm.name).await?.map(|vmi| Vmi::read(&vmi));
+        known.extend(found.filter(|found| known.iter().all(|vmi| vmi.uid != found.uid)));
+    }
+    Ok(known)
+}
+
 /// Plans under the ledger's lock, so that two claims cannot both take the last
 /// place of a quota.
 fn decide_with(
     controller: &Controller,
     claim: &VFClaim,
     clusters: &[Arc<Guarded<GuestCluster>>],
+    vmis: &[Vmi],
     pf: Option<&PhysicalFunction>,
 ) -> Plan {
     let caches = &controller.caches;
     let classes = caches.classes();
-    let vmis = claim
-        .spec
-        .guest
-        .as_ref()
-        .map(|guest| caches.vmis_with_uuid(&guest.system_uuid))
-        .unwrap_or_default();
     let (classes, clusters) = (readable(&classes), readable(clusters));
     let counted = has_quota(claim, &clusters).then(|| {
         let namespace = claim.namespace().unwrap_or_default();
@@ -94,7 +113,7 @@ fn decide_with(
         let known = Known {
             clusters: &clusters,
             classes: &classes,
-            vmis: &vmis,
+            vmis,
             admitted_others,
             pf,
         };

@@ -4,15 +4,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use common::api::{HOST_FINALIZER, NetworkRequest, VFClaim, VFClaimStatus, reason, type_};
+use common::api::{
+    HOST_FINALIZER, NetworkRequest, VFClaim, VFClaimStatus, condition, reason, type_,
+};
 use common::kube::{LeaderConfig, LeaderError, run_as_leader};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::rbac::v1::RoleBinding;
 use kube::ResourceExt as _;
-use kube::api::{Api, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
 use serde_json::json;
+use test_apiserver::blind::blind;
 use test_apiserver::gate::{Gate, Hold, Write};
 use test_apiserver::lease;
 use tokio_util::sync::CancellationToken;
@@ -250,6 +253,55 @@ async fn two_controllers_at_once_bind_each_claim_once_and_then_rest() {
     assert_eq!(namespaces.list(&label).await.unwrap().items.len(), 1);
     let bindings: Api<RoleBinding> = Api::all(harness.admin.clone());
     assert_eq!(bindings.list(&label).await.unwrap().items.len(), 1);
+    harness.end().await;
+}
+
+/// One that leads and whose watch of VMs is behind knows nothing of the VM that another has bound
+/// a claim to.
+#[tokio::test]
+async fn a_controller_that_has_not_heard_of_a_vm_takes_no_binding_away() {
+    let mut harness = Harness::new().await;
+    with_a_bound_claim(&mut harness).await;
+    harness.halt().await;
+    let name = claim("first").name_any();
+    let bound = harness.claims().get(&name).await.unwrap();
+    assert!(status(&bound).host_node.is_some());
+
+    let gate = Gate::default();
+    let client = harness.controllers_client(&gate).await;
+    let behind = blind(client, "virtualmachineinstances");
+    harness.start_through(behind);
+    let next = harness.create(&claim("next")).await;
+    harness
+        .says(&next, type_::RESOLVED, reason::VM_NOT_FOUND)
+        .await;
+    let edit = Patch::Merge(json!({"spec": {"vmIP": null}}));
+    let params = PatchParams::default();
+    let edited = harness.claims().patch(&name, &params, &edit).await.unwrap();
+    let api = harness.claims();
+    let now = eventually("the edited claim is looked at", || async {
+        let now = api.get(&name).await.unwrap();
+        let said = status(&now).conditions;
+        let looked = condition(&said, type_::RESOLVED)
+            .is_some_and(|c| c.observed_generation == edited.metadata.generation);
+        looked.then_some(now).ok_or(format!("{said:?}"))
+    })
+    .await;
+    let placed = |claim: &VFClaim| (status(claim).host_node, status(claim).launcher);
+    assert_eq!(placed(&now), placed(&bound));
+    let said = status(&now).conditions;
+    assert_eq!(
+        condition(&said, type_::RESOLVED).unwrap().reason,
+        reason::RESOLVED
+    );
+
+    // Of a VM that is gone in truth the claim is told.
+    let vmis = harness.vmis();
+    vmis.delete("a", &DeleteParams::default()).await.unwrap();
+    let now = harness
+        .says(&now, type_::RESOLVED, reason::VM_NOT_FOUND)
+        .await;
+    assert_eq!(status(&now).host_node, None);
     harness.end().await;
 }
 
