@@ -28,6 +28,7 @@ pub mod type_ {
 pub mod reason {
     pub const ADMITTED: &str = "Admitted";
     pub const ALLOCATED: &str = "Allocated";
+    pub const APPLIED: &str = "Applied";
     pub const ATTACHED: &str = "Attached";
     pub const BROKEN: &str = "Broken";
     pub const BUILT_IN: &str = "BuiltIn";

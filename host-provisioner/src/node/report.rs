@@ -4,7 +4,9 @@
 //! `Ready` repeats the first thing that is not good, because it is the column
 //! that people read.
 
-use common::api::{ConditionStatus, GuestDevice, NewCondition, reason, type_};
+use common::api::{
+    ConditionStatus, GuestDevice, NewCondition, VFClaim, VFClaimStatus, condition, reason, type_,
+};
 
 use super::plan::Wait;
 
@@ -97,6 +99,30 @@ pub fn conditions(outcome: &Outcome) -> Vec<NewCondition> {
     }
 }
 
+/// The generation of the claim's spec that the agent speaks of: the one that was granted, since
+/// it acts on nothing else. An edit that nobody has granted has reached no VF. Of a claim that
+/// goes, it is the deletion's.
+#[must_use]
+pub fn observed(claim: &VFClaim) -> Option<i64> {
+    let granted = claim.status.as_ref().and_then(|s| s.admitted.as_ref());
+    match granted {
+        Some(granted) if claim.metadata.deletion_timestamp.is_none() => {
+            Some(granted.observed_generation)
+        }
+        _ => claim.metadata.generation,
+    }
+}
+
+/// The grant is newer than what was last said of the claim: what the kernel does otherwise is for
+/// an edit of the claim, and nobody has changed it.
+#[must_use]
+pub fn newly_granted(status: &VFClaimStatus) -> bool {
+    let said = condition(&status.conditions, type_::READY).and_then(|c| c.observed_generation);
+    let granted = status.admitted.as_ref().map(|a| a.observed_generation);
+    said.zip(granted)
+        .is_some_and(|(said, granted)| said < granted)
+}
+
 /// The wait that an outcome tells of, if it does.
 #[must_use]
 pub const fn waits_for(outcome: &Outcome) -> Option<&Wait> {
@@ -114,6 +140,24 @@ pub const fn waits_for(outcome: &Outcome) -> Option<&Wait> {
 mod tests {
     use super::*;
 
+    /// A status with a grant of one generation, last said to be Ready with another.
+    fn granted(generation: i64, said: Option<i64>) -> VFClaimStatus {
+        let ready = said.map(|said| {
+            serde_json::json!({
+                "type": "Ready", "status": "True", "reason": "Ready", "message": "",
+                "observedGeneration": said, "lastTransitionTime": "2026-01-01T00:00:00Z",
+            })
+        });
+        serde_json::from_value(serde_json::json!({
+            "admitted": {
+                "observedGeneration": generation, "className": "gold", "classUID": "g",
+                "network": {"macAddress": "02:00:00:00:00:01", "spoofCheck": true, "trust": false},
+            },
+            "conditions": ready.into_iter().collect::<Vec<_>>(),
+        }))
+        .unwrap()
+    }
+
     #[test]
     fn ready_repeats_what_is_not_good() {
         let outcome = Outcome::NotAttached(Wait {
@@ -125,6 +169,31 @@ mod tests {
         assert_eq!(of(type_::READY).reason, "NoFreePCIePort");
         assert_eq!(of(type_::READY).status, ConditionStatus::False);
         assert_eq!(of(type_::PREPARED).status, ConditionStatus::True);
+    }
+
+    #[test]
+    fn the_agent_speaks_of_what_was_granted_and_of_a_deletion() {
+        let claim = |generation: i64, deleted: bool| -> VFClaim {
+            let at = deleted.then_some("2026-01-01T00:00:00Z");
+            let mut claim = serde_json::json!({
+                "apiVersion": "sriov.harvesterhci.io/v1alpha1", "kind": "VFClaim",
+                "metadata": {"name": "c", "generation": generation, "deletionTimestamp": at},
+                "spec": {"className": "gold"},
+            });
+            claim["status"] = serde_json::to_value(granted(2, None)).unwrap();
+            serde_json::from_value(claim).unwrap()
+        };
+        assert_eq!(observed(&claim(2, false)), Some(2));
+        assert_eq!(observed(&claim(3, false)), Some(2), "an edit not granted");
+        assert_eq!(observed(&claim(3, true)), Some(3));
+    }
+
+    #[test]
+    fn a_grant_is_new_until_the_claim_was_reported_with_it() {
+        assert!(newly_granted(&granted(2, Some(1))));
+        for said in [Some(2), Some(3), None] {
+            assert!(!newly_granted(&granted(2, said)), "{said:?}");
+        }
     }
 
     #[test]

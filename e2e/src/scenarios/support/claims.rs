@@ -282,6 +282,16 @@ impl Lab<'_> {
         event(&api, &claim.host_name(), &uid, reason).await
     }
 
+    /// The reasons of all events about the copy.
+    pub async fn host_events(&self, claim: &Claim) -> Result<Vec<String>> {
+        let api: Api<Event> = Api::namespaced(self.host.clone(), CLAIM_NAMESPACE);
+        let copy = self.host_copy(claim).await?.context("there is no copy")?;
+        let events = api.list(&ListParams::default()).await?.items;
+        let about = |e: &Event| e.regarding.as_ref().and_then(|r| r.uid.clone());
+        let mine = events.into_iter().filter(|e| about(e) == copy.metadata.uid);
+        Ok(mine.filter_map(|e| e.reason).collect())
+    }
+
     /// Deletes the claim; returns when both it and its copy are gone.
     pub async fn release(&self, claim: &Claim) -> Result<()> {
         self.delete(claim).await?;

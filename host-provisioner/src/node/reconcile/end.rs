@@ -12,7 +12,7 @@ use super::Walk;
 use crate::node::agent::MANAGER;
 use crate::node::error::ReconcileError;
 use crate::node::plan::{ClaimFacts, Vf, VfSeen, Wait};
-use crate::node::report::{OWN, Outcome, conditions, waits_for};
+use crate::node::report::{OWN, Outcome, conditions, observed, waits_for};
 
 /// What waits for something that announces itself to nobody.
 pub(super) const WAITING: Duration = Duration::from_secs(10);
@@ -88,7 +88,7 @@ impl Walk {
             manager: MANAGER,
             owned: &OWN,
             conditions: conditions(outcome),
-            observed_generation: self.claim.metadata.generation,
+            observed_generation: observed(&self.claim),
             fields,
         };
         let written = report(&self.api, &self.claim, &status.conditions, &seen, &said).await?;

@@ -13,7 +13,7 @@ use crate::node::error::ReconcileError;
 use crate::node::hold::Drift;
 use crate::node::plan::{InQemu, Qemu, Service, Wait};
 use crate::node::pool::wanted_config;
-use crate::node::report::Outcome;
+use crate::node::report::{Outcome, newly_granted};
 use crate::node::vf::{self, VfError};
 use crate::node::{attach, listen, release};
 
@@ -73,13 +73,7 @@ impl Walk {
         };
         let error = match repaired {
             Ok(()) => {
-                let note = format!("the VF is served as granted again: {drift}");
-                let on = self.claim.object_ref(&());
-                let said = format!("repaired {}", self.uid());
-                if !self.agent.recent.just_did(said) {
-                    let events = &self.agent.events;
-                    events.warning(&on, "Repair", reason::REPAIRED, &note).await;
-                }
+                self.tell_repaired(drift).await;
                 self.seen.service = Some(Service::AsGranted);
                 return Ok(None);
             }
@@ -103,6 +97,26 @@ impl Walk {
             }),
             Err(pending) => self.degraded(&format!("{why}. {}", pending.message)).await,
         }))
+    }
+
+    /// Tells of a repair that somebody made necessary, or of an edit of the claim that has
+    /// reached the VF.
+    async fn tell_repaired(&self, drift: &Drift) {
+        let (on, events) = (self.claim.object_ref(&()), &self.agent.events);
+        if self.status().is_some_and(newly_granted) && !drift.pf_down {
+            let changed = drift.settings.join(" and ");
+            let note = format!("the VF in use has the {changed} that the claim was changed to");
+            events.normal(&on, "Apply", reason::APPLIED, &note).await;
+            return;
+        }
+        if !self
+            .agent
+            .recent
+            .just_did(format!("repaired {}", self.uid()))
+        {
+            let note = format!("the VF is served as granted again: {drift}");
+            events.warning(&on, "Repair", reason::REPAIRED, &note).await;
+        }
     }
 
     /// The guest keeps its device, and the claim says what is wrong with it.
