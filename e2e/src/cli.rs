@@ -240,7 +240,7 @@ async fn run(verb: Verb) -> Result<()> {
             let _one = cache::lock(&paths, "data-centre")?;
             let dc = running(paths).await?;
             tokio::select! {
-                r = machine::up(&dc) => r.map(|_| ()),
+                r = machines(&dc) => r,
                 stop = interrupt::wait() => Err(stop.into()),
             }
         }
@@ -334,6 +334,12 @@ async fn up(paths: Paths) -> Result<()> {
         }
         Err(e) => Err(e.context("the data centre is not complete; `cargo e2e down` removes it")),
     }
+}
+
+async fn machines(dc: &DataCentre) -> Result<()> {
+    let l1 = machine::host(dc).await?;
+    machine::vm(dc, l1).await?;
+    Ok(())
 }
 
 /// The data centre, unless it fails or the user interrupts.

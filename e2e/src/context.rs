@@ -1,6 +1,7 @@
 //! What every command of the harness works with, and the running data centre.
 
 use anyhow::{Context as _, Result};
+use tokio::task::JoinSet;
 
 use crate::clusters::{self, Cluster};
 use crate::docker::{self, Docker};
@@ -39,6 +40,7 @@ impl Ctx {
 }
 
 /// A data centre that runs: what a scenario is given.
+#[derive(Clone)]
 pub struct DataCentre {
     pub ctx: Ctx,
     pub docker: Docker,
@@ -69,8 +71,20 @@ impl DataCentre {
         let images = tokio::task::spawn_blocking(move || deploy::build(&paths))
             .await
             .context("building the images")??;
-        machine::up(&dc).await?;
-        deploy::up(&dc, &images).await?;
+        // The clusters' own nodes are this machine's, L1 is the emulator's: each sets up while
+        // the other waits.
+        let mut beside = JoinSet::new();
+        let (clusters, their) = (dc.clone(), images.clone());
+        beside.spawn(async move { deploy::into_clusters(&clusters, &their).await });
+        let machines = async {
+            let l1 = machine::host(&dc).await?;
+            deploy::into_l1(&l1, &images).await?;
+            machine::vm(&dc, l1).await
+        };
+        let (machines, clusters) = tokio::join!(machines, beside.join_next());
+        machines?;
+        clusters.context("nothing was deployed")???;
+        deploy::agents_are_ready(&dc.host).await?;
         Ok(dc)
     }
 

@@ -257,6 +257,7 @@ impl Cmd {
             .stdout(out.try_clone().map_err(io)?)
             .stderr(err.try_clone().map_err(io)?);
         command.stdin(self.open_stdin().map_err(io)?);
+        let _running = interrupt::Running::begin();
         let mut child = command.spawn().map_err(|source| ExecError::Start {
             command: self.line(),
             source,

@@ -5,11 +5,14 @@
 //! it runs, further signals are only acknowledged: a half-done tear-down is what the
 //! harness promises not to leave behind.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+/// Programs that are waited for, in any thread.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static TEARING_DOWN: AtomicBool = AtomicBool::new(false);
 static REQUESTED: std::sync::LazyLock<watch::Sender<bool>> =
     std::sync::LazyLock::new(|| watch::Sender::new(false));
@@ -63,8 +66,28 @@ pub async fn wait() -> Interrupted {
     Interrupted
 }
 
-/// From here on programs run again and signals are only acknowledged.
+/// A program that is waited for, for as long as this lives.
+pub(crate) struct Running(());
+
+impl Running {
+    pub(crate) fn begin() -> Self {
+        RUNNING.fetch_add(1, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// From here on programs run again and signals are only acknowledged. Those that run beside
+/// have seen the request and ended before.
 pub fn begin_teardown() {
     TEARING_DOWN.store(true, Ordering::SeqCst);
+    while requested() && RUNNING.load(Ordering::SeqCst) > 0 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     REQUESTED.send_replace(false);
 }

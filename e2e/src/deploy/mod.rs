@@ -15,10 +15,11 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::{Value, json};
+use tokio::task::block_in_place;
 
 use crate::clusters::Cluster;
 use crate::context::DataCentre;
-use crate::machine;
+use crate::machine::{self, L1};
 use crate::progress::Step;
 use crate::wait::{self, Probe};
 use images::Image;
@@ -27,8 +28,17 @@ pub use images::{Images, build};
 /// Imports and installs both programs; returns when all their pods are ready. L1 must
 /// have joined.
 pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
+    into_l1(machine::find(dc)?.l1(), images).await?;
+    into_clusters(dc, images).await?;
+    agents_are_ready(&dc.host).await
+}
+
+/// Imports and installs both programs but for L1's part: the node agents wait for their image
+/// there.
+pub async fn into_clusters(dc: &DataCentre, images: &Images) -> Result<()> {
     let step = Step::begin("importing the images");
-    import(dc, images, &step).await?;
+    import(&dc.host, &images.host_provisioner, &step)?;
+    import(&dc.guest, &images.guest_syncer, &step)?;
     step.done();
     let step = Step::begin("installing the host's charts");
     release(dc, true, "vf-crds", &json!({}))?;
@@ -40,7 +50,6 @@ pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
         &host_values(&images.host_provisioner),
     )?;
     tenant::guest_is_ready(&dc.host).await?;
-    agents_are_ready(&dc.host).await?;
     step.done();
     let step = Step::begin("installing the guest's charts");
     release(dc, false, "vf-crds", &json!({}))?;
@@ -56,7 +65,7 @@ pub async fn up(dc: &DataCentre, images: &Images) -> Result<()> {
 }
 
 /// helm does not wait for a DaemonSet whose pods may all be unavailable during an update.
-async fn agents_are_ready(host: &Cluster) -> Result<()> {
+pub async fn agents_are_ready(host: &Cluster) -> Result<()> {
     let api: Api<DaemonSet> = Api::namespaced(host.client(), names::SYSTEM);
     let limit = Duration::from_secs(120);
     let every = Duration::from_millis(500);
@@ -83,24 +92,15 @@ fn behind(set: &DaemonSet) -> Option<String> {
 
 fn release(dc: &DataCentre, host: bool, chart: &str, values: &Value) -> Result<()> {
     let cluster = if host { &dc.host } else { &dc.guest };
-    helm::install(
-        &dc.ctx.paths,
-        &dc.ctx.tools,
-        cluster,
-        chart,
-        names::SYSTEM,
-        values,
-    )
+    let (paths, tools) = (&dc.ctx.paths, &dc.ctx.tools);
+    block_in_place(|| helm::install(paths, tools, cluster, chart, names::SYSTEM, values))
 }
 
-/// Into the containerd of every node that runs it: a tag is a hash, so one that is there
-/// is the right one.
-async fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
-    for (cluster, image) in [
-        (&dc.host, &images.host_provisioner),
-        (&dc.guest, &images.guest_syncer),
-    ] {
-        step.note(format!("{} into {}", image.name(), cluster.spec.name));
+/// Into the containerd of a cluster's control plane: a tag is a hash, so one that is there is
+/// the right one.
+fn import(cluster: &Cluster, image: &Image, step: &Step) -> Result<()> {
+    step.note(format!("{} into {}", image.name(), cluster.spec.name));
+    block_in_place(|| {
         let known = cluster
             .exec()
             .args(["ctr", "-n", "k8s.io", "images", "ls", "-q"])
@@ -108,10 +108,14 @@ async fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
         if !known.lines().any(|l| l == image.name()) {
             cluster.import_image(&image.archive)?;
         }
-    }
-    let l1 = machine::find(dc)?.l1().clone();
+        Ok(())
+    })
+}
+
+/// The node agent's image into L1's containerd. L1 must have joined.
+pub async fn into_l1(l1: &L1, images: &Images) -> Result<()> {
     let image = &images.host_provisioner;
-    step.note(format!("{} into L1", image.name()));
+    let step = Step::begin("importing the node agent's image into L1");
     let known = l1
         .ok("ctr --connect-timeout 60s -n k8s.io images ls -q")
         .await?
@@ -119,6 +123,7 @@ async fn import(dc: &DataCentre, images: &Images, step: &Step) -> Result<()> {
     if !known.lines().any(|l| l == image.name()) {
         l1.import_image(&image.archive).await?;
     }
+    step.done();
     Ok(())
 }
 

@@ -111,27 +111,27 @@ impl L2 {
     }
 }
 
-/// What L1 and the host's cluster need before the first VM: the VMI's definition, the
-/// namespace, the launcher's image and the device plugin.
+/// What a VM is to the host's cluster.
+pub(super) async fn define(host: &Cluster) -> Result<()> {
+    apply(host, &objects::definition()).await?;
+    let crds: Api<CustomResourceDefinition> = Api::all(host.client());
+    let name = "virtualmachineinstances.kubevirt.io";
+    let limit = Duration::from_secs(60);
+    wait::until("the VMI's definition", limit, EVERY / 4, || async {
+        let crd = crds.get(name).await?;
+        let conditions = crd.status.and_then(|s| s.conditions).unwrap_or_default();
+        let ok = conditions
+            .iter()
+            .any(|c| c.type_ == "Established" && c.status == "True");
+        Ok(Probe::of::<String>(Ok(ok.then_some(())), "not established"))
+    })
+    .await
+}
+
+/// What L1 and the host's cluster need before the first VM: the namespace, the launcher's
+/// image and the device plugin.
 pub(super) async fn prepare(l1: &L1, host: &Cluster, paths: &Paths) -> Result<()> {
     progress::step_async("preparing L1 for VMs", async {
-        apply(host, &objects::definition()).await?;
-        let crds: Api<CustomResourceDefinition> = Api::all(host.client());
-        let name = "virtualmachineinstances.kubevirt.io";
-        wait::until(
-            "the VMI's definition",
-            Duration::from_secs(60),
-            EVERY,
-            || async {
-                let crd = crds.get(name).await?;
-                let conditions = crd.status.and_then(|s| s.conditions).unwrap_or_default();
-                let ok = conditions
-                    .iter()
-                    .any(|c| c.type_ == "Established" && c.status == "True");
-                Ok(Probe::of::<String>(Ok(ok.then_some(())), "not established"))
-            },
-        )
-        .await?;
         apply(
             host,
             &json!({

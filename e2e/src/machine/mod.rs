@@ -85,11 +85,17 @@ impl Machine {
     }
 }
 
-/// Starts L1 and the first VM, and waits until both are Ready nodes. What runs stays.
-pub async fn up(dc: &DataCentre) -> Result<Machine> {
+/// Starts L1 and waits until it is a Ready node. What runs stays.
+pub async fn host(dc: &DataCentre) -> Result<L1> {
+    l2::define(&dc.host).await?;
     let image = image(dc)?;
     let l1 = l1::up(dc, &image).await?;
     l1::join(&l1, &dc.host).await?;
+    Ok(l1)
+}
+
+/// Starts the first VM on L1 and waits until it is a Ready node. What runs stays.
+pub async fn vm(dc: &DataCentre, l1: L1) -> Result<Machine> {
     l2::prepare(&l1, &dc.host, &dc.ctx.paths).await?;
     let machine = Machine {
         l1,
