@@ -12,7 +12,7 @@ use super::support::claims::{REFUSE, told, truth};
 use super::support::l1::{self, VfSettings};
 use super::support::site::PEER;
 use super::support::{Claim, Lab, Wish, watch, wire, writes};
-use super::{Scenario, scenario, traffic};
+use super::{Scenario, release, scenario, traffic};
 use crate::wait::{self, Probe};
 
 /// Longest an edit may take to reach the VF.
@@ -21,11 +21,19 @@ const EVERY: Duration = Duration::from_millis(200);
 const PING: Duration = Duration::from_secs(30);
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    vec![scenario!(
-        "network-changes-live",
-        "VLAN, trust and maximum rate of an attached claim are changed and reach the VF in use; a MAC, a link state and a minimum rate are refused in words",
-        network_changes_live
-    )]
+    vec![
+        scenario!(
+            "network-changes-live",
+            "VLAN, trust and maximum rate of an attached claim are changed and reach the VF in use; a MAC, a link state and a minimum rate are refused in words",
+            network_changes_live
+        ),
+        scenario!(
+            Long,
+            "guest-changes-its-mac",
+            "the PF refuses the address that a guest gives itself, until its claim is granted trust; then its frames leave from that address, which another change of the claim leaves to it and the next holder does not find",
+            guest_changes_its_mac
+        ),
+    ]
 }
 
 async fn network_changes_live(lab: &Lab<'_>) -> Result<()> {
@@ -55,6 +63,11 @@ async fn network_changes_live(lab: &Lab<'_>) -> Result<()> {
         ..granted.clone()
     };
     is_as(lab, before.vf_index, &changed).await?;
+    let words = lab.host_event(&claim, reason::APPLIED).await?;
+    ensure!(
+        words.contains("VLAN and trust"),
+        "of the edit it is said {words:?}"
+    );
     lab.switch.reset().await?;
     net.ping(&lab.l2, PEER, 3, PING).await?;
     wire::only(lab, &[(mac, Some(631))]).await?;
@@ -104,6 +117,11 @@ async fn network_changes_live(lab: &Lab<'_>) -> Result<()> {
     let now = lab.trace().await?;
     let touched = writes::between(&trace, &now)?;
     ensure!(touched.is_empty(), "the changes wrote {touched:?}");
+    let said = lab.host_events(&claim).await?;
+    ensure!(
+        !said.iter().any(|reason| reason == reason::REPAIRED),
+        "an edit was taken for somebody's doing: {said:?}"
+    );
     lab.release(&claim).await?;
 
     // Asked for from the start it is refused before there is a VF.
@@ -119,6 +137,58 @@ async fn network_changes_live(lab: &Lab<'_>) -> Result<()> {
         said.message
     );
     lab.release(&down).await
+}
+
+async fn guest_changes_its_mac(lab: &Lab<'_>) -> Result<()> {
+    let (mac, own) = ("02:5f:00:00:62:01", "02:5f:00:00:62:02");
+    let (claim, attached) = lab.attach(&Wish::new("own-mac").mac(mac).vlan(640)).await?;
+    let granted = VfSettings {
+        mac: mac.to_owned(),
+        vlan: 640,
+        spoof_check: true,
+        trust: false,
+        max_rate: 0,
+    };
+    let net = traffic::net(lab, &attached, 0).await?;
+    let Err(refused) = net.set_mac(&lab.l2, own).await else {
+        bail!("an untrusted guest gave itself the address {own}");
+    };
+    let words = format!("{refused:#}");
+    ensure!(words.contains("Cannot assign requested address"), "{words}");
+    is_as(lab, attached.vf_index, &granted).await?;
+    lab.switch.reset().await?;
+    net.ping(&lab.l2, PEER, 3, PING).await?;
+    wire::only(lab, &[(mac, Some(640))]).await?;
+
+    let asked = json!({"macAddress": mac, "vlan": {"id": 640}, "trust": true});
+    lab.edit(&claim, asked).await?;
+    let trusted = VfSettings {
+        trust: true,
+        ..granted
+    };
+    is_as(lab, attached.vf_index, &trusted).await?;
+    net.set_mac(&lab.l2, own).await?;
+    lab.switch.reset().await?;
+    net.ping(&lab.l2, PEER, 3, PING).await?;
+    wire::only(lab, &[(own, Some(640))]).await?;
+    // Another change of the claim leaves the guest its address.
+    let asked =
+        json!({"macAddress": mac, "vlan": {"id": 640}, "trust": true, "maxTxRateMbps": 500});
+    lab.edit(&claim, asked).await?;
+    let changed = VfSettings {
+        mac: own.to_owned(),
+        max_rate: 500,
+        ..trusted
+    };
+    is_as(lab, attached.vf_index, &changed).await?;
+    lab.ready(&claim).await?;
+    let said = lab.host_events(&claim).await?;
+    ensure!(
+        !said.iter().any(|reason| reason == reason::REPAIRED),
+        "a trusted guest's own address was taken for a drift: {said:?}"
+    );
+    lab.release(&claim).await?;
+    release::free_and_clean(lab, &attached.vf, attached.vf_index).await
 }
 
 /// Waits until the kernel reads the VF back so.

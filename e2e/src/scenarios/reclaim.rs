@@ -38,7 +38,7 @@ async fn destroyed(lab: &Lab<'_>) -> Result<()> {
     let (claim, attached) = lab.attach(&Wish::new("destroyed").class(DESTROY)).await?;
     let before = lab.trace().await?;
     lab.release(&claim).await?;
-    let pf = lab.pool().await?;
+    let pf = lab.pool(&lab.wired).await?;
     let entry = pf.spec.withheld.first().context("nothing is withheld")?;
     ensure!(
         entry.vf_index == attached.vf_index
@@ -47,7 +47,7 @@ async fn destroyed(lab: &Lab<'_>) -> Result<()> {
         "{entry:?}"
     );
     let holder = keeper.host_name();
-    lab.pool_until("the change to wait for the keeper", |_, s| {
+    lab.pool_until(&lab.wired, "the change to wait for the keeper", |_, s| {
         let waits =
             resized(s).is_some_and(|w| w.starts_with(reason::IN_USE) && w.contains(&holder));
         s.counts.retired == 1 && waits
@@ -60,7 +60,7 @@ async fn destroyed(lab: &Lab<'_>) -> Result<()> {
     );
 
     lab.release(&keeper).await?;
-    lab.pool_until("the destroyed VF to be gone", |pf, s| {
+    lab.pool_until(&lab.wired, "the destroyed VF to be gone", |pf, s| {
         pf.spec.withheld.is_empty() && s.resize.as_ref().is_some_and(|r| r.complete)
     })
     .await?;
@@ -89,7 +89,7 @@ async fn retained(lab: &Lab<'_>) -> Result<()> {
     let before = lab.trace().await?;
     lab.release(&claim).await?;
     let index = first.vf_index;
-    lab.pool_until("the VF to be Retired", |_, s| {
+    lab.pool_until(&lab.wired, "the VF to be Retired", |_, s| {
         let mut vfs = s.vfs.iter();
         vfs.any(|vf| vf.index == index && vf.state == VfState::Retired)
     })
@@ -107,15 +107,17 @@ async fn retained(lab: &Lab<'_>) -> Result<()> {
     lab.release(&other).await?;
 
     // Given back, it is the one on vfio-pci, which goes first.
-    lab.set_pool(json!({"withheld": null})).await?;
+    lab.set_pool(&lab.wired, json!({"withheld": null})).await?;
     let (heir, third) = lab.attach(&Wish::new("heir-of-retained")).await?;
     ensure!(third.vf == first.vf, "the heir got {}", third.vf);
     ensure!(third.mac != mac, "the heir has the holder's MAC");
-    lab.set_pool(json!({"numVFs": 3})).await?;
+    lab.set_pool(&lab.wired, json!({"numVFs": 3})).await?;
     let holder = heir.host_name();
-    lab.pool_until("the smaller number to wait for the heir", |_, s| {
-        resized(s).is_some_and(|w| w.starts_with(reason::IN_USE) && w.contains(&holder))
-    })
+    lab.pool_until(
+        &lab.wired,
+        "the smaller number to wait for the heir",
+        |_, s| resized(s).is_some_and(|w| w.starts_with(reason::IN_USE) && w.contains(&holder)),
+    )
     .await?;
     let early = counts(lab, &before).await?;
     ensure!(
@@ -123,8 +125,10 @@ async fn retained(lab: &Lab<'_>) -> Result<()> {
         "with a VF in a VM the count was written: {early:?}"
     );
     lab.release(&heir).await?;
-    lab.pool_until("three VFs", |_, s| s.num_vfs == 3 && s.counts.free == 3)
-        .await?;
+    lab.pool_until(&lab.wired, "three VFs", |_, s| {
+        s.num_vfs == 3 && s.counts.free == 3
+    })
+    .await?;
     let written = counts(lab, &before).await?;
     ensure!(
         written == ["0", "3"],

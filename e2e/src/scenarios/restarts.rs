@@ -198,7 +198,8 @@ async fn torn_off(lab: &Lab<'_>) -> Result<()> {
     Ok(())
 }
 
-fn same(a: &Attached, b: &Attached) -> bool {
+/// The claim has what it had.
+pub(super) fn same(a: &Attached, b: &Attached) -> bool {
     let status = |x: &Attached| {
         x.host
             .status

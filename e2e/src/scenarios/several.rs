@@ -12,14 +12,16 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
+use serde_json::json;
 
 use super::support::claims::told;
 use super::support::lab::MARK;
 use super::support::lab::Pf;
 use super::support::pods::Part;
 use super::support::site::{L2_NODE, SECOND_NODE, TraceEvent, TraceKind};
+use super::support::untouched::Picture;
 use super::support::{Attached, Claim, Lab, Wish, l1, l2, watch, writes};
-use super::{Scenario, release, scenario};
+use super::{Scenario, release, restarts, scenario};
 use crate::deploy::names::SYSTEM;
 use crate::wait::{self, Probe};
 
@@ -43,6 +45,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             "two-agents",
             "a second node agent, started by mistake, says who has the lock and ends; nothing is written by it, and claims come and go",
             two_agents
+        ),
+        scenario!(
+            Long,
+            "restart-agent-with-every-vf",
+            "the node agent is killed while claims have every VF of two PFs: its successor knows them all and disturbs none, and gives the one that comes back to the next claim",
+            every_vf
         ),
         scenario!(
             Long,
@@ -85,6 +93,51 @@ async fn two_vms(lab: &Lab<'_>) -> Result<()> {
     try_join_all(claims.iter().map(|claim| lab.delete(claim))).await?;
     try_join_all(claims.iter().map(|claim| lab.gone(claim))).await?;
     before.nothing_left(lab).await
+}
+
+async fn every_vf(lab: &Lab<'_>) -> Result<()> {
+    lab.manage(&lab.second, true).await?;
+    let pfs = [&lab.wired, &lab.second];
+    let each = u16::try_from(PORTS / pfs.len())?;
+    for pf in pfs {
+        lab.set_pool(pf, json!({"numVFs": each})).await?;
+    }
+    for pf in pfs {
+        let what = "as many VFs as the VM has ports for";
+        lab.pool_until(pf, what, |_, s| s.num_vfs == each && s.counts.free == each)
+            .await?;
+    }
+    let wishes: Vec<Wish> = (0..PORTS)
+        .map(|n| Wish::new(&format!("every-{n}")))
+        .collect();
+    let claims = try_join_all(wishes.iter().map(|wish| lab.create(wish))).await?;
+    let ready = settled(lab, &claims, PORTS).await?;
+    let had = attached(lab, &ready, &pfs).await?;
+    let before = Picture::take(lab).await?;
+
+    Part::Agent.restart(lab).await?;
+    for (claim, had) in &had {
+        let now = lab.ready(claim).await?;
+        ensure!(restarts::same(had, &now), "{had:?} became {now:?}");
+    }
+    before.still(lab).await.context("after the restart")?;
+
+    // The only free one is that of the claim that goes, and the others stay out of it.
+    let (leaving, left) = had.first().context("nothing is attached")?;
+    lab.release(leaving).await?;
+    let (_, next) = lab.attach(&Wish::new("the-next")).await?;
+    ensure!(
+        next.vf == left.vf,
+        "{} came back, {} was given",
+        left.vf,
+        next.vf
+    );
+    for (claim, had) in had.iter().skip(1) {
+        let now = lab.ready(claim).await?;
+        ensure!(restarts::same(had, &now), "{had:?} became {now:?}");
+        l2::bound(&lab.l2, &had.guest_address).await?;
+    }
+    Ok(())
 }
 
 async fn burst(lab: &Lab<'_>) -> Result<()> {

@@ -133,6 +133,17 @@ $n link set lo up; $n address add {address} dev {interface}; $n link set {interf
         Ok(())
     }
 
+    /// The guest's own change of its interface's hardware address; an error says what its
+    /// kernel answered.
+    pub async fn set_mac(&self, l2: &dyn Shell, mac: &str) -> Result<()> {
+        let script = format!(
+            "ip -n {} link set {} address {mac}",
+            self.name, self.interface
+        );
+        sh(l2, &script).await?;
+        Ok(())
+    }
+
     /// Begins a ping that goes on by itself, noting every answer.
     pub async fn ping_on(&self, l2: &dyn Shell, peer: &str) -> Result<Steady> {
         let unit = format!("e2e-ping-{}", self.name);

@@ -1,4 +1,4 @@
-//! The pool of the wired PF, as an administrator sees and sets it.
+//! The pools of PFs, as an administrator sees and sets them.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 
-use super::lab::Lab;
+use super::lab::{Lab, Pf};
 use super::watch;
 use crate::wait::Probe;
 
 /// Longest a change of the number of VFs may take, once nobody has any.
 const RESIZE: Duration = Duration::from_secs(60);
-/// VFs that L1's wired PF can have.
+/// VFs that a PF of L1 can have.
 const ALL: u16 = 7;
 
 impl Lab<'_> {
@@ -22,28 +22,29 @@ impl Lab<'_> {
         Api::all(self.host.clone())
     }
 
-    /// The wired PF's object as it is now.
-    pub async fn pool(&self) -> Result<PhysicalFunction> {
-        Ok(self.functions().get(&self.wired.object).await?)
+    /// The PF's object as it is now.
+    pub async fn pool(&self, pf: &Pf) -> Result<PhysicalFunction> {
+        Ok(self.functions().get(&pf.object).await?)
     }
 
-    /// An administrator's change of the wired PF's spec.
-    pub async fn set_pool(&self, spec: Value) -> Result<()> {
+    /// An administrator's change of the PF's spec.
+    pub async fn set_pool(&self, pf: &Pf, spec: Value) -> Result<()> {
         let patch = Patch::Merge(json!({ "spec": spec }));
         self.functions()
-            .patch(&self.wired.object, &PatchParams::default(), &patch)
+            .patch(&pf.object, &PatchParams::default(), &patch)
             .await
-            .with_context(|| format!("changing the spec of {}", self.wired.object))?;
+            .with_context(|| format!("changing the spec of {}", pf.object))?;
         Ok(())
     }
 
-    /// Waits until `seen` is true of the wired PF.
+    /// Waits until `seen` is true of the PF.
     pub async fn pool_until(
         &self,
+        pf: &Pf,
         what: &str,
         seen: impl Fn(&PhysicalFunction, &PhysicalFunctionStatus) -> bool,
     ) -> Result<PhysicalFunction> {
-        watch::until(&self.functions(), &self.wired.object, what, RESIZE, |p| {
+        watch::until(&self.functions(), &pf.object, what, RESIZE, |p| {
             let pf = p.context("the PhysicalFunction is gone")?;
             let status = pf.status.as_ref().context("no status")?;
             Ok(if seen(pf, status) {
@@ -69,21 +70,29 @@ pub fn resized(status: &PhysicalFunctionStatus) -> Option<String> {
     Some(format!("{}: {}", c.reason, c.message))
 }
 
-/// The wired PF has all its VFs again, or none, and nobody asks for another number.
+/// The PFs that scenarios set have all their VFs again, or none, and nobody asks for another
+/// number.
 pub(super) async fn restore(lab: &Lab<'_>) -> Result<()> {
-    let pf = lab.pool().await?;
-    let count = pf.status.as_ref().map_or(0, |s| s.num_vfs);
-    let as_ever = pf.spec.num_vfs.is_none() && pf.spec.withheld.is_empty();
+    for pf in [&lab.wired, &lab.second] {
+        restore_one(lab, pf).await?;
+    }
+    Ok(())
+}
+
+async fn restore_one(lab: &Lab<'_>, pf: &Pf) -> Result<()> {
+    let now = lab.pool(pf).await?;
+    let count = now.status.as_ref().map_or(0, |s| s.num_vfs);
+    let as_ever = now.spec.num_vfs.is_none() && now.spec.withheld.is_empty();
     if as_ever && (count == ALL || count == 0) {
         return Ok(());
     }
-    lab.set_pool(json!({"withheld": null, "numVFs": null}))
-        .await?;
+    let nothing = json!({"withheld": null, "numVFs": null, "managed": true});
+    lab.set_pool(pf, nothing).await?;
     if count != 0 {
-        lab.set_pool(json!({"numVFs": ALL})).await?;
-        lab.pool_until("all VFs to be there again", |_, s| s.num_vfs == ALL)
+        lab.set_pool(pf, json!({"numVFs": ALL})).await?;
+        lab.pool_until(pf, "all VFs to be there again", |_, s| s.num_vfs == ALL)
             .await?;
-        lab.set_pool(json!({"numVFs": null})).await?;
+        lab.set_pool(pf, json!({"numVFs": null})).await?;
     }
     Ok(())
 }
