@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField, ReclaimPolicy, schema};
+use super::{ClassNetwork, NetworkField, Placement, ReclaimPolicy, schema};
 
 /// The administrator's word on which VMs, classes and how many VFs a guest has.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -112,6 +112,8 @@ pub struct ClassSummary {
     pub allowed_overrides: Vec<NetworkField>,
     #[serde(default)]
     pub reclaim_policy: ReclaimPolicy,
+    #[serde(default)]
+    pub placement: Placement,
     /// The class of claims that name none.
     #[serde(default)]
     pub default: bool,

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{GrantedNetwork, NetworkRequest, PfSelector, ReclaimPolicy, schema};
+use super::{GrantedNetwork, NetworkRequest, PfSelector, Placement, ReclaimPolicy, schema};
 
 /// A request for one SR-IOV virtual function in a running VM.
 ///
@@ -160,6 +160,9 @@ pub struct Admitted {
     /// The class's, as it stood.
     #[serde(default)]
     pub reclaim_policy: ReclaimPolicy,
+    /// The class's, as it stood. A grant of an earlier version does not say it: Pack.
+    #[serde(default)]
+    pub placement: Placement,
     pub network: GrantedNetwork,
 }
 

@@ -62,6 +62,23 @@ pub struct VFClassSpec {
     /// is granted; later edits do not reach it.
     #[serde(default)]
     pub reclaim_policy: ReclaimPolicy,
+    /// From which of several PFs of its VM's node a claim's VF comes. Recorded
+    /// when the claim is granted; later edits do not reach it.
+    #[serde(default)]
+    pub placement: Placement,
+}
+
+/// From which of several PFs of a node a VF comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Placement {
+    /// From one that is in use already, and of those from the one with the fewest
+    /// free VFs: the others stay idle, and only an idle PF's number of VFs can change.
+    #[default]
+    Pack,
+    /// From the one with the most free VFs, counting those that an idle PF would
+    /// be given: claims share the bandwidth of all PFs, and fewer of them fail
+    /// together.
+    Spread,
 }
 
 /// What becomes of a VF when its claim goes.

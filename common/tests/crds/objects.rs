@@ -15,6 +15,7 @@ async fn classes_have_defaults_and_bounds() {
     assert_eq!(made.data["spec"]["pfSelector"], json!({}));
     assert_eq!(made.data["spec"]["network"], json!({}));
     assert_eq!(made.data["spec"]["reclaimPolicy"], json!("Return"));
+    assert_eq!(made.data["spec"]["placement"], json!("Pack"));
     let base = json!({"pfSelector": {}, "network": {"vlan": {"id": 1}}});
     let every = json!([
         "MacAddress",
@@ -34,6 +35,7 @@ async fn classes_have_defaults_and_bounds() {
         ("numVFs", json!(0), "greater than or equal to 1"),
         ("numVFs", json!(65536), "less than or equal to 65535"),
         ("reclaimPolicy", json!("Keep"), "Unsupported value"),
+        ("placement", json!("Random"), "Unsupported value"),
         (
             "allowedOverrides",
             json!(["Everything"]),

@@ -165,12 +165,12 @@ fn decided(claim: &VFClaim, after: &VFClaim, known: &Known<'_>) {
     match &before.admitted {
         None => first(claim, granted, cluster, known),
         Some(old) => assert_eq!(
-            (
-                &granted.class_uid,
-                &granted.class_name,
-                &granted.pf_selector
-            ),
-            (&old.class_uid, &old.class_name, &old.pf_selector),
+            Admitted {
+                observed_generation: old.observed_generation,
+                network: old.network.clone(),
+                ..granted.clone()
+            },
+            *old,
             "an edit does not change the class"
         ),
     }

@@ -83,6 +83,7 @@ fn mirrored(cluster: &str, summary: &ClassSummary) -> VFClass {
             allowed_overrides: summary.allowed_overrides.clone(),
             num_vfs: None,
             reclaim_policy: summary.reclaim_policy,
+            placement: summary.placement,
         },
     );
     class.metadata.labels = Some([(MIRRORED_LABEL.to_owned(), cluster.to_owned())].into());
@@ -114,7 +115,7 @@ fn behind(found: &VFClass, wanted: VFClass) -> Option<VFClass> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::api::{NetworkField, ReclaimPolicy};
+    use common::api::{NetworkField, Placement, ReclaimPolicy};
 
     fn summary(name: &str) -> ClassSummary {
         ClassSummary {
@@ -124,6 +125,7 @@ mod tests {
             network: Default::default(),
             allowed_overrides: vec![NetworkField::Vlan],
             reclaim_policy: ReclaimPolicy::Retain,
+            placement: Placement::Spread,
             default: false,
         }
     }
@@ -144,6 +146,7 @@ mod tests {
         assert_eq!(class.name_any(), "gold");
         assert_eq!(class.spec.pf_selector, PfSelector::default());
         assert_eq!(class.spec.allowed_overrides, vec![NetworkField::Vlan]);
+        assert_eq!(class.spec.placement, Placement::Spread);
         assert!(ours("blue", class));
     }
 

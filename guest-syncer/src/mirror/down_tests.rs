@@ -211,6 +211,7 @@ fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
             },
             num_vfs: Some(4),
             reclaim_policy: ReclaimPolicy::Retain,
+            placement: Default::default(),
             network: GrantedNetwork {
                 mac_address: "02:00:00:00:00:01".into(),
                 vlan: None,

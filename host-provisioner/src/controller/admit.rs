@@ -106,6 +106,7 @@ fn first_grant(ask: &Ask<'_>, generation: i64) -> Result<Admitted, Refusal> {
         pf_selector: class.spec.pf_selector.clone(),
         num_vfs: class.spec.num_vfs,
         reclaim_policy: class.spec.reclaim_policy,
+        placement: class.spec.placement,
         network,
     })
 }

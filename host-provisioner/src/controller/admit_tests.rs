@@ -350,14 +350,20 @@ fn a_class_edited_or_deleted_later_does_not_reach_a_granted_claim() {
         ..Vlan::default()
     });
     gold.spec.pf_selector.drivers = vec!["ice".into()];
+    gold.spec.num_vfs = Some(2);
+    gold.spec.reclaim_policy = api::ReclaimPolicy::Retain;
+    gold.spec.placement = api::Placement::Spread;
     for classes in [vec![&gold], vec![]] {
         let after = ask(&claim, &cluster(&["gold"]), &classes, 0).unwrap();
-        assert_eq!(after.observed_generation, 2);
-        assert_eq!(
-            (after.network, after.pf_selector),
-            (before.network.clone(), before.pf_selector.clone())
-        );
+        let same = Admitted {
+            observed_generation: 2,
+            ..before.clone()
+        };
+        assert_eq!(after, same);
     }
+    let new = self::claim(Some("gold"), wish());
+    let new = ask(&new, &cluster(&["gold"]), &[&gold], 0).unwrap();
+    assert_eq!(new.placement, api::Placement::Spread, "a new one gets it");
 }
 
 #[test]

@@ -141,6 +141,7 @@ pub fn fields(
             network: class.spec.network.clone(),
             allowed_overrides: class.spec.allowed_overrides.clone(),
             reclaim_policy: class.spec.reclaim_policy,
+            placement: class.spec.placement,
             default: class.uid() == default,
         })
         .collect();

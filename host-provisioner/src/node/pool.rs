@@ -7,6 +7,7 @@
 //! the kernel does not ask who uses them).
 
 mod claim;
+mod rank;
 mod refusal;
 mod resize;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use crate::driver::Growth;
 use crate::kernel::{PfFacts, VFIO_PCI};
 
 pub use claim::{Holder, Wish, WishError, wanted_config};
+use rank::Rank;
 pub use refusal::{MacUser, NoChoice, Refusal, claims_words};
 pub use resize::{Change, Resize, resize};
 pub use view::{
@@ -60,9 +62,9 @@ pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &Pf
 
 /// Chooses a VF. A claim that has one gets the same again.
 ///
-/// Existing free VFs go before making new ones, then the PF with the fewest
-/// free ones (so that others stay idle and can be resized), then by name; VFs
-/// that are on vfio-pci already go first, they save the bind.
+/// Of several PFs the granted placement says which goes first (`rank`). On that PF existing
+/// free VFs go before making new ones; VFs that are on vfio-pci already go first, they save
+/// the bind.
 ///
 /// # Errors
 /// [`NoChoice`] with the reason of every PF that the selector takes.
@@ -78,7 +80,7 @@ pub fn choose(pfs: &[PfView], wish: &Wish) -> Result<Choice, NoChoice> {
         }
         match offer(pf, wish) {
             Ok(choice) => {
-                let rank = (choice.create.is_some(), pf.counts().free, pf.name.as_str());
+                let rank = Rank::of(pf, wish, &choice);
                 if best.as_ref().is_none_or(|(found, _)| rank < *found) {
                     best = Some((rank, choice));
                 }
@@ -95,9 +97,6 @@ pub fn choose(pfs: &[PfView], wish: &Wish) -> Result<Choice, NoChoice> {
         }),
     }
 }
-
-/// Must VFs be made, how many are free, name.
-type Rank<'a> = (bool, u16, &'a str);
 
 /// The VF that this claim has already.
 fn kept(pf: &PfView, wish: &Wish) -> Option<Choice> {

@@ -106,6 +106,7 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
             pf_selector: PfSelector::default(),
             num_vfs: None,
             reclaim_policy: setting.reclaim,
+            placement: Default::default(),
             network: GrantedNetwork {
                 mac_address: derived_mac(guest_uid),
                 vlan: None,

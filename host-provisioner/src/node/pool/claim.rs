@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use common::api::{ClaimRef, GrantedNetwork, PfSelector, VFClaim};
+use common::api::{ClaimRef, GrantedNetwork, PfSelector, Placement, VFClaim};
 use thiserror::Error;
 
 use crate::kernel::{MacAddr, MacError, TxRate, VfConfig, VlanTag};
@@ -74,6 +74,8 @@ pub struct Wish {
     pub config: VfConfig,
     /// The class's `numVFs`.
     pub num_vfs: Option<u16>,
+    /// Which of several PFs goes first.
+    pub placement: Placement,
 }
 
 /// Why a claim is not to be given a VF yet.
@@ -103,6 +105,7 @@ impl Wish {
             node_labels: node_labels.clone(),
             config: wanted_config(&admitted.network)?,
             num_vfs: admitted.num_vfs,
+            placement: admitted.placement,
         })
     }
 

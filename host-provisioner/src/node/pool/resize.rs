@@ -69,9 +69,7 @@ pub fn resize(pf: &PfView) -> Resize {
     if written {
         return Resize::Settle(change);
     }
-    // Every VF that the kernel counts is seen, and every one seen is free.
-    let all_seen = pf.existing().count() == usize::from(change.from);
-    if all_seen && pf.vfs.iter().all(may_go) {
+    if is_idle(pf) {
         return Resize::Apply(change);
     }
     let retained = |vf: &&VfView| vf.withheld == Some(WithheldReason::Retained);
@@ -81,6 +79,12 @@ pub fn resize(pf: &PfView) -> Resize {
         retained: pf.vfs.iter().filter(retained).map(|vf| vf.index).collect(),
         foreign: foreign(pf),
     }
+}
+
+/// Nobody has a VF of it: every one that the kernel counts is seen, and may go.
+pub(super) fn is_idle(pf: &PfView) -> bool {
+    let all_seen = pf.existing().count() == usize::from(pf.facts.num_vfs);
+    all_seen && pf.vfs.iter().all(may_go)
 }
 
 /// Nobody has it, and nobody wants to look at it.

@@ -1,11 +1,12 @@
 //! Tables and properties of the pool.
 
+mod placement;
 mod properties;
 mod refusals;
 mod resize;
 mod withheld;
 
-use common::api::{ClaimRef, GrantedNetwork, LinkState, VFClaim, VlanProtocol, reason};
+use common::api::{ClaimRef, GrantedNetwork, LinkState, Placement, VFClaim, VlanProtocol, reason};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
@@ -37,6 +38,7 @@ pub(super) fn wish(name: &str) -> Wish {
             ..VfConfig::CLEAN
         },
         num_vfs: None,
+        placement: Placement::Pack,
     }
 }
 
@@ -173,19 +175,6 @@ fn after_a_restart_of_the_host_enough_vfs_are_made_for_every_claim() {
     pool.holders = vec![holder("a", 5)];
     let choice = choose(&[PfView::new(pool)], &wish("a")).unwrap();
     assert_eq!((choice.vf_index, choice.create), (5, Some(6)));
-}
-
-#[test]
-fn the_fuller_pf_goes_first_and_making_vfs_is_last() {
-    let mut fuller = input(PF2, 7);
-    fuller.holders = vec![holder("b", 0)];
-    let empty = PfView::new(input(PF1, 7));
-    let choice = choose(&[empty, PfView::new(fuller)], &wish("a")).unwrap();
-    assert_eq!(choice.physical_function, "node-2");
-    let unmade = PfView::new(input(PF1, 0));
-    let made = PfView::new(input(PF2, 7));
-    let choice = choose(&[unmade, made], &wish("a")).unwrap();
-    assert_eq!(choice.physical_function, "node-2");
 }
 
 #[test]
@@ -417,7 +406,7 @@ fn a_claim_speaks_by_its_grant_and_its_device() {
         "spec":{"className":"other","network":{"macAddress":"02:ff:ff:ff:ff:ff","trust":true}},
         "status":{
           "admitted":{"observedGeneration":1,"className":"fast","classUID":"c1","numVFs":4,
-            "pfSelector":{"drivers":["igb"]},
+            "pfSelector":{"drivers":["igb"]},"placement":"Spread",
             "network":{"macAddress":"02:00:00:00:00:aa","spoofCheck":true,"trust":false}},
           "vm":{"namespace":"vms","name":"vm","uid":"vm-1"},
           "hostNode":"node-a",
@@ -427,6 +416,7 @@ fn a_claim_speaks_by_its_grant_and_its_device() {
     assert_eq!((wish.config.mac, wish.config.trust), (mac(0xaa), false));
     assert_eq!((wish.vm_uid.as_str(), wish.num_vfs), ("vm-1", Some(4)));
     assert_eq!(wish.selector.drivers, ["igb"]);
+    assert_eq!(wish.placement, Placement::Spread);
     let (pf, holder) = Holder::of(&claim).unwrap();
     assert_eq!((pf.as_str(), holder.vf_index), ("node-a-1", 3));
     assert_eq!((holder.mac, holder.attached), (Some(mac(0xaa)), false));

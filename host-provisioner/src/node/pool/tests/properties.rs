@@ -30,7 +30,7 @@ fn found() -> impl Strategy<Value = Found> {
 }
 
 /// A PF with some VFs in any state and claims on any index, existing or not.
-fn any_pf(address: &'static str) -> impl Strategy<Value = PfInput> {
+pub(super) fn any_pf(address: &'static str) -> impl Strategy<Value = PfInput> {
     (
         proptest::collection::vec(found(), 0..=7),
         proptest::collection::vec((0_u16..7, any::<bool>(), 1_u8..4), 0..4),
