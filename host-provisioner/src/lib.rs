@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod controller;
+pub mod cpus;
 pub mod driver;
 pub mod hypervisor;
 pub mod kernel;

@@ -160,6 +160,9 @@ pub struct PhysicalFunctionStatus {
     pub mac_address: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu_group: Option<u32>,
+    /// The NUMA node that it is next to; absent where the kernel does not say (`numa_node` is -1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_node: Option<u16>,
     /// The most VFs that the device can have (`sriov_totalvfs`).
     #[serde(default, rename = "totalVFs")]
     pub total_vfs: u16,

@@ -62,8 +62,11 @@ pub struct VFClassSpec {
     /// is granted; later edits do not reach it.
     #[serde(default)]
     pub reclaim_policy: ReclaimPolicy,
-    /// From which of several PFs of its VM's node a claim's VF comes. Recorded
-    /// when the claim is granted; later edits do not reach it.
+    /// From which of several PFs of its VM's node a claim's VF comes. A PF on the
+    /// NUMA node of the VM's CPUs goes first, where they are known and not on all
+    /// nodes: a far one costs its VM with each packet. Among near PFs, and among
+    /// the others when no near one has a VF, the placement decides. Recorded when
+    /// the claim is granted; later edits do not reach it.
     #[serde(default)]
     pub placement: Placement,
 }

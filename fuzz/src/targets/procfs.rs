@@ -1,6 +1,7 @@
 //! What `/proc` and cgroup files say of a process that is somebody else's: it names its command,
 //! its arguments and the cgroups below its own as it likes.
 
+use host_provisioner::cpus::CpuList;
 use host_provisioner::hypervisor::fuzzing as launcher;
 use host_provisioner::hypervisor::gates::journal::{Journal, MemlockRecord};
 use host_provisioner::hypervisor::gates::memlock::{self, Limit};
@@ -40,6 +41,12 @@ fn texts(text: &str) {
         );
         assert!(!(ours && other), "{line:?} is two pods'");
         assert!(!launcher::names_pod(line, ""));
+    }
+    if launcher::is_vcpu(text) {
+        assert!(text.starts_with("CPU "), "{text:?} is no vCPU");
+    }
+    if let Ok(cpus) = text.parse::<CpuList>() {
+        assert_eq!(cpus.meets(&cpus), !text.is_empty());
     }
     if let Some(group) = launcher::vfio_group(text) {
         assert!(text.starts_with("/dev/vfio/"), "{text:?} is group {group}");

@@ -34,6 +34,12 @@ pub fn is_capability_probe(cmdline: &[u8]) -> bool {
     launcher::is_capability_probe(cmdline)
 }
 
+/// Whether a thread of this name is a vCPU's.
+#[must_use]
+pub fn is_vcpu(comm: &str) -> bool {
+    launcher::vcpus::is_vcpu(comm)
+}
+
 /// The VFIO group of an open file's link.
 #[must_use]
 pub fn vfio_group(link: &str) -> Option<u32> {

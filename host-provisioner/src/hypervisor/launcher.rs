@@ -3,6 +3,8 @@
 //! A pod is known by its UID, which kubelet writes into the cgroup path of each of its
 //! containers; nothing that a process says of itself decides.
 
+pub(super) mod vcpus;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -118,27 +120,28 @@ impl Proc {
         Ok(groups)
     }
 
-    fn pids(&self) -> Result<Vec<u32>, LauncherError> {
+    /// Names in a folder that are numbers: processes, or the threads of one.
+    fn numbers(&self, folder: &Path) -> Result<Vec<u32>, LauncherError> {
         let failed = |source| LauncherError::Io {
-            path: self.root.clone(),
+            path: folder.to_owned(),
             source,
         };
-        let mut pids = Vec::new();
-        for entry in std::fs::read_dir(&self.root).map_err(failed)? {
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
-            if let Some(pid) = name.to_str().and_then(|n| n.parse().ok()) {
-                pids.push(pid);
+            if let Some(number) = name.to_str().and_then(|n| n.parse().ok()) {
+                numbers.push(number);
             }
         }
-        pids.sort_unstable();
-        Ok(pids)
+        numbers.sort_unstable();
+        Ok(numbers)
     }
 
     /// Finds the one QEMU that runs the VM of the pod with this UID.
     pub fn find_qemu(&self, pod_uid: &str) -> Result<QemuProcess, LauncherError> {
         let mut found = Vec::new();
         let mut in_pod = 0usize;
-        for pid in self.pids()? {
+        for pid in self.numbers(&self.root)? {
             // Processes end while we look: what cannot be read any more is not the VM.
             let Ok(cgroups) = self.read(pid, "cgroup") else {
                 continue;
@@ -338,6 +341,23 @@ pub mod fixture {
             "Name:\tq\nUid:\t107\t107\t107\t107\nGid:\t107\t108\t107\t107\nCapEff:\t0000000000000400\n",
         )
         .unwrap();
+    }
+
+    /// The CPUs on which a process may run.
+    pub fn may_run_on(proc_: &Path, pid: u32, cpus: &str) {
+        let status = proc_.join(pid.to_string()).join("status");
+        let mut text = std::fs::read_to_string(&status).unwrap();
+        text.push_str(&format!("Cpus_allowed_list:\t{cpus}\n"));
+        std::fs::write(status, text).unwrap();
+    }
+
+    /// A thread of that process.
+    pub fn thread(proc_: &Path, pid: u32, thread: u32, comm: &str, cpus: &str) {
+        let dir = proc_.join(pid.to_string()).join(format!("task/{thread}"));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("comm"), format!("{comm}\n")).unwrap();
+        let status = format!("Name:\t{comm}\nCpus_allowed_list:\t{cpus}\n");
+        std::fs::write(dir.join("status"), status).unwrap();
     }
 
     /// The QEMU of pod `pod_uid`, with these VFIO groups open.

@@ -22,6 +22,7 @@ use super::{
     Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, Stuck, TxRate,
     VFIO_PCI, VfConfig, VfFacts, Watcher,
 };
+use crate::cpus::CpuList;
 
 pub use state::Write;
 use state::{HELPER, State};
@@ -70,6 +71,11 @@ impl FakeKernel {
             fake.lock().add(pf);
         }
         fake
+    }
+
+    /// One more PF.
+    pub fn add(&self, pf: PfFacts) {
+        self.lock().add(pf);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -127,6 +133,18 @@ impl FakeKernel {
         state.shared.insert(pf);
         let count = state.pfs.get(&pf).map_or(0, |pf| pf.facts.num_vfs);
         state.resize(pf, count);
+    }
+
+    /// The PF is on this NUMA node.
+    pub fn give_numa_node(&self, pf: PciAddress, node: Option<u16>) {
+        if let Some(pf) = self.lock().pfs.get_mut(&pf) {
+            pf.facts.numa_node = node;
+        }
+    }
+
+    /// The host has these NUMA nodes, with their CPUs.
+    pub fn give_cpus(&self, nodes: BTreeMap<u16, CpuList>) {
+        self.lock().cpus = nodes;
     }
 
     /// The words for `in_use_by_host`, or none.
@@ -252,6 +270,12 @@ impl Kernel for FakeKernel {
             vfio_pci: true,
             vfio_container: true,
         })
+    }
+
+    fn numa_nodes(&self) -> Result<BTreeMap<u16, CpuList>, KernelError> {
+        let mut state = self.lock();
+        state.due_failure("numa_nodes", "/sys/devices/system/node")?;
+        Ok(state.cpus.clone())
     }
 
     fn physical_functions(&self) -> Result<Vec<PfFacts>, KernelError> {

@@ -26,6 +26,8 @@ use std::collections::BTreeMap;
 
 use common::pci::PciAddress;
 
+use crate::cpus::CpuList;
+
 pub use changes::{Change, Watcher};
 pub use error::{HoldError, KernelError};
 pub use helper::{Helpers, Stuck};
@@ -40,6 +42,9 @@ pub use vfio::GroupHold;
 pub trait Kernel: Send + Sync + 'static {
     /// What the node can do: kernel, boot, IOMMU, lockdown, vfio.
     fn node_facts(&self) -> Result<NodeFacts, KernelError>;
+
+    /// The NUMA nodes with the CPUs of each; none where the kernel does not say.
+    fn numa_nodes(&self) -> Result<BTreeMap<u16, CpuList>, KernelError>;
 
     /// Every PCI function with `sriov_totalvfs` above 0, by address.
     fn physical_functions(&self) -> Result<Vec<PfFacts>, KernelError>;

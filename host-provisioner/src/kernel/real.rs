@@ -19,6 +19,7 @@ use super::{
     GroupHold, Helpers, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, Stuck, VFIO_PCI,
     VfConfig, VfFacts, Watcher, changes, config_space, host_use, sysfs, vfio,
 };
+use crate::cpus::CpuList;
 
 /// Enabling VFs sleeps 100 ms in the kernel and disabling 1 s (drivers/pci/iov.c);
 /// their links follow when udev and the driver core have run.
@@ -190,6 +191,19 @@ impl Kernel for RealKernel {
             vfio_pci: sysfs::exists(&sys.join("bus/pci/drivers").join(VFIO_PCI))?,
             vfio_container: sysfs::exists(&self.roots.dev.join("vfio/vfio"))?,
         })
+    }
+
+    fn numa_nodes(&self) -> Result<BTreeMap<u16, CpuList>, KernelError> {
+        let folder = self.roots.sys.join("devices/system/node");
+        let mut nodes = BTreeMap::new();
+        for name in sysfs::names(&folder)? {
+            let number = name.strip_prefix("node").and_then(|n| n.parse().ok());
+            if let Some(number) = number {
+                let cpus = folder.join(&name).join("cpulist");
+                nodes.insert(number, sysfs::parse(&cpus, "a list of CPUs")?);
+            }
+        }
+        Ok(nodes)
     }
 
     fn physical_functions(&self) -> Result<Vec<PfFacts>, KernelError> {

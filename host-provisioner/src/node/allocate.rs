@@ -15,9 +15,11 @@ use super::attach::StepResult;
 use super::error::ReconcileError;
 use super::inventory;
 use super::ledger::Ledger;
+use super::near;
 use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::vf::{self, VfError};
+use crate::hypervisor::launcher::QemuProcess;
 use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, Stuck, VfFacts};
 use crate::points::{Point, reach};
 
@@ -144,7 +146,7 @@ async fn wish(agent: &Agent, claim: &VFClaim) -> Result<Wish, ReconcileError> {
     Ok(Wish::of(claim, &labels)?)
 }
 
-/// Chooses a VF and records it in the claim.
+/// Chooses a VF and records it in the claim. `process` is the QEMU of its VM, where one runs.
 ///
 /// The ledger has the choice before the write, in the same critical section in
 /// which it was made, so that two claims never choose one VF.
@@ -152,9 +154,14 @@ pub async fn allocate(
     agent: &Agent,
     api: &Api<VFClaim>,
     claim: &VFClaim,
+    process: Option<&QemuProcess>,
     snapshots: &[PfSnapshot],
 ) -> StepResult<VFClaim> {
-    let wish = wish(agent, claim).await?;
+    let of_pfs = snapshots.iter().map(|pf| pf.facts.numa_node);
+    let wish = Wish {
+        near: near::nodes(&agent.proc, &agent.kernel, process, of_pfs).await,
+        ..wish(agent, claim).await?
+    };
     let chosen = {
         let mut ledger = agent.ledger.lock();
         let chosen = choose(&views(agent, &ledger, snapshots), &wish);

@@ -133,6 +133,7 @@ pub fn function_status(view: &PfView, about: About<'_>, now: &Time) -> PhysicalF
         driver: facts.driver.clone(),
         interface_name: facts.interface.clone(),
         mac_address: facts.mac.map(|mac| mac.to_string()),
+        numa_node: facts.numa_node,
         iommu_group: facts.iommu_group,
         total_vfs: facts.total_vfs,
         num_vfs: facts.num_vfs,

@@ -2,7 +2,8 @@
 //!
 //! `pool`, `inventory`, `plan`, `ledger` and `report` are pure: plain functions
 //! over plain values, no client, no kernel, no clock. `reconcile` walks a claim
-//! through them; `vf`, `attach`, `release`, `resize`, `qemu`, `left` and `gone` execute; `publish`
+//! through them; `vf`, `attach`, `release`, `resize`, `qemu`, `left` and `gone` execute; `near`
+//! says which PFs are near a VM; `publish`
 //! reports, and has the number of VFs changed that a PF is to have;
 //! `hold` and `listen` tell which claims are to be looked at again; `drivers` loads the host's
 //! kernel modules.
@@ -20,6 +21,7 @@ pub mod ledger;
 mod left;
 mod listen;
 mod lock;
+mod near;
 pub mod plan;
 pub mod pool;
 mod publish;

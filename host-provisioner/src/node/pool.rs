@@ -62,8 +62,8 @@ pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &Pf
 
 /// Chooses a VF. A claim that has one gets the same again.
 ///
-/// Of several PFs the granted placement says which goes first (`rank`). On that PF existing
-/// free VFs go before making new ones; VFs that are on vfio-pci already go first, they save
+/// Of several PFs one near the VM's CPUs goes first, and then the granted placement says which
+/// (`rank`). On that PF existing free VFs go before making new ones; VFs that are on vfio-pci already go first, they save
 /// the bind.
 ///
 /// # Errors

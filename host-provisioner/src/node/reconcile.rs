@@ -316,7 +316,9 @@ impl Walk {
 
     async fn allocate(&mut self) -> Result<Option<End>, ReconcileError> {
         let snapshots = std::mem::take(&mut self.snapshots);
-        match allocate::allocate(&self.agent, &self.api, &self.claim, &snapshots).await? {
+        let process = self.vm.as_ref().map(|vm| &vm.process);
+        let done = allocate::allocate(&self.agent, &self.api, &self.claim, process, &snapshots);
+        match done.await? {
             Ok(claim) => {
                 self.renew(claim)?;
                 Ok(None)

@@ -150,6 +150,19 @@ impl Stage {
         }
     }
 
+    /// One more managed PF; its object's name.
+    pub(super) async fn add_pf(&mut self, pf: PfFacts) -> String {
+        let name = inventory::physical_function_name(NODE, &pf.identity);
+        let mut object = PhysicalFunction::new(&name, inventory::new_spec(NODE, &pf));
+        object.spec.managed = true;
+        self.kernel.add(pf);
+        let functions = self.functions();
+        let made = functions.create(&PostParams::default(), &object).await;
+        let made = kube::runtime::watcher::Event::Apply(made.unwrap());
+        self.shown.apply_watcher_event(&made);
+        name
+    }
+
     pub(super) fn functions(&self) -> Api<PhysicalFunction> {
         Api::all(self.client.clone())
     }
@@ -236,6 +249,11 @@ impl Stage {
     /// The claims' VM runs, its QEMU has these VFIO groups open, and its monitor does not answer.
     pub(super) fn run_vm(&self, groups: &[u32]) {
         fixture::qemu(self.proc.path(), 12, "pod", groups);
+    }
+
+    /// Where the agent sees the processes.
+    pub(super) fn proc(&self) -> &Path {
+        self.proc.path()
     }
 
     /// VFs that the ledger says somebody has.

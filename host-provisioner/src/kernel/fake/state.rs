@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::pci::{PciAddress, PciId};
 
+use crate::cpus::CpuList;
 use crate::kernel::{KernelError, MacAddr, PfFacts, Stuck, VFIO_PCI, VfConfig, VfFacts, Watcher};
 
 use crate::kernel::netlink::VfSetting;
@@ -85,6 +86,8 @@ impl std::fmt::Debug for Watchers {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub pfs: BTreeMap<PciAddress, Pf>,
+    /// NUMA nodes with their CPUs.
+    pub cpus: BTreeMap<u16, CpuList>,
     /// Open groups, each with the number of its opening.
     pub held: BTreeMap<u32, u64>,
     pub openings: u64,

@@ -43,6 +43,30 @@ fn a_pf_is_described_by_what_the_kernel_says() {
 }
 
 #[test]
+fn numa_nodes_are_told_with_their_cpus() {
+    let host = Emulated::new();
+    assert!(host.kernel().numa_nodes().unwrap().is_empty());
+    host.numa("node0/cpulist", "0-3,8\n");
+    host.numa("node1/cpulist", "\n");
+    host.numa("has_cpu", "0\n");
+    let nodes = host.kernel().numa_nodes().unwrap();
+    let expected = [(0, "0-3,8".parse().unwrap()), (1, CpuList::default())];
+    assert_eq!(nodes, expected.into());
+    assert_eq!(
+        host.kernel().physical_function(pf()).unwrap().numa_node,
+        None
+    );
+    host.pf_on_numa_node("1\n");
+    assert_eq!(
+        host.kernel().physical_function(pf()).unwrap().numa_node,
+        Some(1)
+    );
+    host.numa("node1/cpulist", "x\n");
+    let error = host.kernel().numa_nodes().unwrap_err().to_string();
+    assert!(error.contains("cpulist"), "{error}");
+}
+
+#[test]
 fn what_is_no_pf_is_said_to_be_none() {
     let kernel = Emulated::new().kernel();
     let absent = "0000:0f:00.0".parse().unwrap();

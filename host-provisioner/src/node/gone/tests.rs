@@ -14,7 +14,7 @@ async fn a_vf_chosen_for_a_claim_that_went_meanwhile_is_free_again() {
     stage.tear_off(&claim).await;
     let api = stage.claims();
     let (seen, _) = snapshot(&stage.agent).await.unwrap();
-    let refused = allocate(&stage.agent, &api, &claim, &seen).await;
+    let refused = allocate(&stage.agent, &api, &claim, None, &seen).await;
     assert!(refused.is_err(), "there is nothing to write to");
     assert_eq!(stage.taken(), 1);
 
@@ -31,7 +31,7 @@ async fn a_claim_that_is_there_keeps_its_vf() {
     let claim = stage.claim("02:00:00:00:00:01").await;
     let api = stage.claims();
     let (seen, _) = snapshot(&stage.agent).await.unwrap();
-    let allocated = allocate(&stage.agent, &api, &claim, &seen).await;
+    let allocated = allocate(&stage.agent, &api, &claim, None, &seen).await;
     let allocated = allocated.unwrap().unwrap();
     stage.agent.ledger.lock().observe(&allocated).unwrap();
     // As a watch that was cut may leave it.

@@ -167,6 +167,7 @@ fn what_can_be_set_is_not_said_of_a_driver_that_nobody_knows() {
 fn a_report_shows_the_pool() {
     let mut pool = input(7);
     pool.vfs[1].driver = Some("igbvf".to_owned());
+    pool.facts.numa_node = Some(1);
     pool.holders = vec![Holder {
         claim: ClaimRef {
             namespace: "guest-a".to_owned(),
@@ -183,6 +184,7 @@ fn a_report_shows_the_pool() {
     assert_eq!(status.vendor_id.as_deref(), Some("8086"));
     assert_eq!(status.mac_address.as_deref(), Some("52:54:00:00:01:01"));
     assert_eq!((status.total_vfs, status.num_vfs), (7, 7));
+    assert_eq!(status.numa_node, Some(1));
     assert_eq!(
         (
             status.counts.free,

@@ -1,6 +1,6 @@
 //! What a claim says to the pool. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::api::{ClaimRef, GrantedNetwork, PfSelector, Placement, VFClaim};
 use thiserror::Error;
@@ -76,6 +76,8 @@ pub struct Wish {
     pub num_vfs: Option<u16>,
     /// Which of several PFs goes first.
     pub placement: Placement,
+    /// The NUMA nodes on which the VM runs. Empty: not known, or no PF is nearer than another.
+    pub near: BTreeSet<u16>,
 }
 
 /// Why a claim is not to be given a VF yet.
@@ -90,7 +92,7 @@ pub enum WishError {
 }
 
 impl Wish {
-    /// What the claim was granted; never what it asked for.
+    /// What the claim was granted; never what it asked for. Where its VM runs is not known yet.
     ///
     /// # Errors
     /// While the controller has not admitted it or found its VM.
@@ -106,6 +108,7 @@ impl Wish {
             config: wanted_config(&admitted.network)?,
             num_vfs: admitted.num_vfs,
             placement: admitted.placement,
+            near: BTreeSet::new(),
         })
     }
 

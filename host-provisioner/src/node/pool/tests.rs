@@ -39,6 +39,7 @@ pub(super) fn wish(name: &str) -> Wish {
         },
         num_vfs: None,
         placement: Placement::Pack,
+        near: Default::default(),
     }
 }
 

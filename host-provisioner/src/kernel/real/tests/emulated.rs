@@ -117,6 +117,20 @@ impl Emulated {
         }
     }
 
+    /// A file of the NUMA nodes' folder.
+    pub fn numa(&self, file: &str, text: &str) {
+        make(&self.sys().join("devices/system/node").join(file), text);
+    }
+
+    pub fn pf_on_numa_node(&self, node: &str) {
+        let file = self
+            .sys()
+            .join("bus/pci/devices")
+            .join(PF)
+            .join("numa_node");
+        make(&file, node);
+    }
+
     pub fn kernel(&self) -> RealKernel {
         RealKernel {
             roots: Roots {

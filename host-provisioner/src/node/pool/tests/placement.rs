@@ -73,6 +73,43 @@ fn vfs_are_made_last_by_pack_and_where_there_is_most_room_by_spread() {
 }
 
 #[test]
+fn a_near_pf_goes_first_and_a_far_one_when_there_is_no_other() {
+    let on_node = |pool: PfInput, node: Option<u16>| {
+        let mut pool = pool;
+        pool.facts.numa_node = node;
+        pool
+    };
+    let from = |pools: &[PfInput], near: &[u16]| {
+        let views: Vec<PfView> = pools.iter().cloned().map(PfView::new).collect();
+        [Placement::Pack, Placement::Spread].map(|placement| {
+            let near = near.iter().copied().collect();
+            let wish = Wish {
+                near,
+                ..placed("a", placement)
+            };
+            choose(&views, &wish).unwrap().physical_function
+        })
+    };
+    // Pack would take node-1 and spread node-3.
+    let pools = [
+        on_node(pf(PF1, 7, 5), Some(0)),
+        on_node(pf(PF2, 7, 3), Some(1)),
+        on_node(pf(PF3, 7, 0), None),
+    ];
+    assert_eq!(from(&pools, &[]), ["node-1", "node-3"]);
+    assert_eq!(from(&pools, &[1]), ["node-2", "node-2"]);
+    assert_eq!(from(&pools, &[0, 1]), ["node-1", "node-2"]);
+    // On a node without a PF nothing is near, and nothing is refused for it.
+    assert_eq!(from(&pools, &[2]), ["node-1", "node-3"]);
+    let full = on_node(pf(PF2, 7, 7), Some(1));
+    let pools = [pools[0].clone(), full, pools[2].clone()];
+    assert_eq!(from(&pools, &[1]), ["node-1", "node-3"]);
+    // Where the PFs say nothing, where the VM is says nothing either.
+    let pools = pools.map(|pool| on_node(pool, None));
+    assert_eq!(from(&pools, &[1]), from(&pools, &[]));
+}
+
+#[test]
 fn claims_spread_one_by_one_over_idle_pfs_and_pack_into_one() {
     for (placement, counts) in [(Placement::Spread, [2, 2, 1]), (Placement::Pack, [5, 0, 0])] {
         let mut pools = [pf(PF1, 0, 0), pf(PF2, 0, 0), pf(PF3, 0, 0)];
