@@ -8,10 +8,13 @@
     clippy::indexing_slicing
 )]
 
+use std::time::{Duration, Instant};
+
 use common::api::{GuestCluster, MIRRORED_LABEL, VFClass};
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
+use test_apiserver::gate::Write;
 
 mod world;
 use world::{CLUSTER, World, eventually};
@@ -26,6 +29,80 @@ async fn publish(host: &Client, classes: Value) {
 
 fn class(name: &str, description: &str) -> Value {
     json!({"name": name, "uid": "u", "description": description, "allowedOverrides": ["Vlan"]})
+}
+
+fn with_free(class: Value, free: u32) -> Value {
+    let mut class = class;
+    class["free"] = json!(free);
+    class
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_a_class_is_shown_and_churn_writes_it_now_and_then() {
+    let mut world = World::new().await;
+    let guest: Api<VFClass> = Api::all(world.guest.admin());
+    let host = world.host.admin();
+    publish(&host, json!([with_free(class("gold", "fast"), 1000)])).await;
+    let gate = world.start().await;
+    let free = async |number: u32| {
+        eventually(&format!("{number} free"), || async {
+            let found = guest.get_opt("gold").await.unwrap()?;
+            (found.status.as_ref()?.free == Some(number)).then_some(found)
+        })
+        .await
+    };
+    let made = free(1000).await;
+    // The host's inside is not told, and the number is no change of the class.
+    let status = made.status.clone().unwrap();
+    assert_eq!((status.nodes, status.observed_generation), (vec![], None));
+
+    let begun = Instant::now();
+    let writes = async || {
+        let sent = gate.sent();
+        let of_gold = |w: &&Write| w.path.contains("/vfclasses/gold");
+        sent.iter().filter(of_gold).count()
+    };
+    let before = writes().await;
+    for number in 0..60 {
+        publish(&host, json!([with_free(class("gold", "fast"), number)])).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let last = free(59).await;
+    assert_eq!(last.metadata.generation, made.metadata.generation);
+    let written = writes().await - before;
+    // One in three seconds, and the first one's start.
+    let most = usize::try_from(begun.elapsed().as_secs() / 3).unwrap() + 1;
+    assert!(
+        (1..=most).contains(&written),
+        "{written} writes, at most {most}"
+    );
+
+    // What says the same is not written, nor is the count of claims a class's concern.
+    let counted = json!({"status": {"claims": 7}});
+    let api: Api<GuestCluster> = Api::all(host.clone());
+    api.patch_status(CLUSTER, &PatchParams::default(), &Patch::Merge(counted))
+        .await
+        .unwrap();
+    publish(
+        &host,
+        json!([with_free(class("gold", "fast"), 59), class("later", "x")]),
+    )
+    .await;
+    eventually("a later look", || async {
+        guest.get_opt("later").await.unwrap()
+    })
+    .await;
+    let still = guest.get("gold").await.unwrap();
+    assert_eq!(still.resource_version(), last.resource_version());
+
+    // Who writes another number is put right.
+    let wrong = json!({"status": {"free": 7}});
+    guest
+        .patch_status("gold", &PatchParams::default(), &Patch::Merge(wrong))
+        .await
+        .unwrap();
+    free(59).await;
+    world.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

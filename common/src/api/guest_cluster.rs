@@ -114,6 +114,9 @@ pub struct ClassSummary {
     pub reclaim_policy: ReclaimPolicy,
     #[serde(default)]
     pub placement: Placement,
+    /// `VFClass.status.free`: a number, and not on which nodes or who has the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free: Option<u32>,
     /// The class of claims that name none.
     #[serde(default)]
     pub default: bool,

@@ -32,7 +32,9 @@ pub use vf_claim::{
     Admitted, AttachmentStatus, DeviceStatus, GuestDevice, GuestRef, Launcher, Transport, VFClaim,
     VFClaimSpec, VFClaimStatus, VmRef,
 };
-pub use vf_class::{PfSelector, Placement, ReclaimPolicy, VFClass, VFClassSpec};
+pub use vf_class::{
+    NodeCapacity, PfSelector, Placement, ReclaimPolicy, VFClass, VFClassSpec, VFClassStatus,
+};
 
 /// The API group of every kind here; the one place that names it.
 pub const GROUP: &str = "sriov.harvesterhci.io";

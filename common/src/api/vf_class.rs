@@ -18,6 +18,7 @@ use super::{ClassNetwork, NetworkField, WithheldReason};
     plural = "vfclasses",
     shortname = "vfcl",
     category = "sriov",
+    status = "VFClassStatus",
     derive = "PartialEq",
     doc = "VFClass says which physical functions VFs come from, their network defaults, and what a claim may choose.",
     printcolumn(
@@ -30,6 +31,7 @@ use super::{ClassNetwork, NetworkField, WithheldReason};
         type_ = "string",
         json_path = ".metadata.annotations.sriov\\.harvesterhci\\.io/is-default-class"
     ),
+    printcolumn(name = "Free", type_ = "integer", json_path = ".status.free"),
     printcolumn(
         name = "Age",
         type_ = "date",
@@ -69,6 +71,41 @@ pub struct VFClassSpec {
     /// the claim is granted; later edits do not reach it.
     #[serde(default)]
     pub placement: Placement,
+}
+
+/// What is left of a class. A report, which can be made from nothing at any time and is a
+/// moment behind: nobody is promised a VF by it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VFClassStatus {
+    /// VFs that claims of this class could get now, on all host nodes together:
+    /// free ones, and those that a PF without VFs would be given. Classes that
+    /// select the same PFs count the same VFs. Absent: not counted yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free: Option<u32>,
+    /// The same by host node, of the nodes that have PFs for the class: all of
+    /// them, or the 1024 with the most free VFs. Not told to guests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 1024),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"])
+    )]
+    pub nodes: Vec<NodeCapacity>,
+    /// `metadata.generation` of the spec that was counted by. Not told to guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub observed_generation: Option<i64>,
+}
+
+/// What is left of a class on one host node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeCapacity {
+    /// The host node.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// VFs that claims of this class could get there now.
+    pub free: u32,
 }
 
 /// From which of several PFs of a node a VF comes.

@@ -137,7 +137,10 @@ where
         conditions.iter().filter(owned).cloned().collect()
     });
     let mut status = report.fields.clone();
-    status.insert("conditions".to_owned(), json!(own));
+    // A kind without conditions has no such field.
+    if !report.owned.is_empty() {
+        status.insert("conditions".to_owned(), json!(own));
+    }
     let name = seen.name_any();
     let params = PatchParams::apply(report.manager).force();
     let mut version = seen.resource_version();

@@ -263,7 +263,11 @@ fn mirrored_classes(cluster: &str, listed: Option<&[ClassSummary]>, present: &[V
                     "hardware is shown"
                 );
             }
-            ClassAction::Replace(next) => assert!(classes::ours(cluster, next)),
+            ClassAction::Replace(next) | ClassAction::Report(next) => {
+                assert!(classes::ours(cluster, next));
+                let status = next.status.clone().unwrap_or_default();
+                assert!(status.nodes.is_empty(), "the host's nodes are told");
+            }
             ClassAction::Delete { name, .. } => {
                 assert!(
                     named(name).iter().any(|c| classes::ours(cluster, c)),

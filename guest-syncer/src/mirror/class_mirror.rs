@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::api::VFClass;
 use common::kube::{is_conflict, is_gone};
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use kube::api::{Api, DeleteParams, ListParams, PostParams, Preconditions};
 use kube::core::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -15,11 +15,14 @@ use kube::{Resource as _, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
 use super::claims::Context;
-use super::classes::{ClassAction, plan};
+use super::classes::{ClassAction, is_other, plan};
 use crate::host_link::Facts;
 
 /// A look although nothing seems to have changed.
 const RESYNC: Duration = Duration::from_secs(600);
+/// The least time between two looks, and with it between two writes of one object: the host's
+/// numbers of free VFs change all the time.
+const PAUSE: Duration = Duration::from_secs(3);
 /// After a write that failed.
 const RETRY: Duration = Duration::from_secs(10);
 
@@ -43,11 +46,25 @@ pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
                 RETRY
             }
         };
+        let pause = match facts_now {
+            Facts::Known(_) => PAUSE,
+            Facts::Missing | Facts::Unknown(_) => Duration::ZERO,
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(wait) => {}
             changed = facts.changed() => if changed.is_err() { return },
-            seen = touched.next() => note(seen),
+            seen = touched.next() => {
+                note(seen);
+                // All that came since, our own writes among it, is one look.
+                while let Some(seen @ Some(_)) = touched.next().now_or_never() {
+                    note(seen);
+                }
+            }
         }
     }
 }
@@ -92,11 +109,18 @@ async fn apply(api: &Api<VFClass>, action: &ClassAction) -> Result<(), kube::Err
         ..PostParams::default()
     };
     match action {
-        ClassAction::Create(class) => api.create(&params, class).await.map(drop),
+        ClassAction::Create(class) => {
+            let made = api.create(&params, class).await?;
+            report(api, &params, made, class).await
+        }
         // The uid and resourceVersion that were read are in the object.
         ClassAction::Replace(class) => {
+            let written = api.replace(&class.name_any(), &params, class).await?;
+            report(api, &params, written, class).await
+        }
+        ClassAction::Report(class) => {
             let name = class.name_any();
-            api.replace(&name, &params, class).await.map(drop)
+            api.replace_status(&name, &params, class).await.map(drop)
         }
         ClassAction::Delete { name, uid } => {
             let params = DeleteParams {
@@ -110,6 +134,24 @@ async fn apply(api: &Api<VFClass>, action: &ClassAction) -> Result<(), kube::Err
         }
         ClassAction::Conflict { .. } => Ok(()),
     }
+}
+
+/// Gives an object that was just written the status that is wanted.
+async fn report(
+    api: &Api<VFClass>,
+    params: &PostParams,
+    written: VFClass,
+    wanted: &VFClass,
+) -> Result<(), kube::Error> {
+    if !is_other(written.status.as_ref(), wanted.status.as_ref()) {
+        return Ok(());
+    }
+    let reported = VFClass {
+        status: wanted.status.clone(),
+        ..written
+    };
+    let name = reported.name_any();
+    api.replace_status(&name, params, &reported).await.map(drop)
 }
 
 async fn complain(ctx: &Context, foreign: Option<&VFClass>, said: &mut HashSet<String>) {

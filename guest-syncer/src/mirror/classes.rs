@@ -6,24 +6,23 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::api::{
     ClassSummary, DEFAULT_CLASS_ANNOTATION, MIRRORED_LABEL, PfSelector, VFClass, VFClassSpec,
+    VFClassStatus,
 };
 use kube::ResourceExt as _;
 
 /// One thing to do in the guest cluster.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ClassAction {
+    /// With its status, which is a write of its own.
     Create(Box<VFClass>),
-    /// Replace ours, read at this UID and resourceVersion.
+    /// Replace ours, read at this UID and resourceVersion, and its status if that differs too.
     Replace(Box<VFClass>),
+    /// Replace the status of ours, read at this UID and resourceVersion.
+    Report(Box<VFClass>),
     /// Delete ours, if it is still the one with this UID.
-    Delete {
-        name: String,
-        uid: String,
-    },
+    Delete { name: String, uid: String },
     /// A class of that name is not ours: left alone, and said.
-    Conflict {
-        name: String,
-    },
+    Conflict { name: String },
 }
 
 /// What to do so that the guest's classes are those that the host lists.
@@ -49,9 +48,7 @@ pub fn plan(
             Some(found) if !ours(cluster, found) => actions.push(ClassAction::Conflict {
                 name: summary.name.clone(),
             }),
-            Some(found) => {
-                actions.extend(behind(found, wanted).map(|c| ClassAction::Replace(Box::new(c))));
-            }
+            Some(found) => actions.extend(behind(found, wanted)),
         }
     }
     for found in present {
@@ -86,6 +83,10 @@ fn mirrored(cluster: &str, summary: &ClassSummary) -> VFClass {
             placement: summary.placement,
         },
     );
+    class.status = summary.free.map(|free| VFClassStatus {
+        free: Some(free),
+        ..VFClassStatus::default()
+    });
     class.metadata.labels = Some([(MIRRORED_LABEL.to_owned(), cluster.to_owned())].into());
     if summary.default {
         class
@@ -95,13 +96,18 @@ fn mirrored(cluster: &str, summary: &ClassSummary) -> VFClass {
     class
 }
 
-/// `found` brought up to `wanted`, or `None` when it says all of it already.
-fn behind(found: &VFClass, wanted: VFClass) -> Option<VFClass> {
+/// How `found` is brought up to `wanted`; `None` when it says all of it already.
+fn behind(found: &VFClass, wanted: VFClass) -> Option<ClassAction> {
     let default = |c: &VFClass| c.annotations().get(DEFAULT_CLASS_ANNOTATION).cloned();
-    if found.spec == wanted.spec && default(found) == default(&wanted) {
+    let same = found.spec == wanted.spec && default(found) == default(&wanted);
+    if same && !is_other(found.status.as_ref(), wanted.status.as_ref()) {
         return None;
     }
     let mut next = found.clone();
+    next.status.clone_from(&wanted.status);
+    if same {
+        return Some(ClassAction::Report(Box::new(next)));
+    }
     match default(&wanted) {
         Some(yes) => next
             .annotations_mut()
@@ -109,7 +115,14 @@ fn behind(found: &VFClass, wanted: VFClass) -> Option<VFClass> {
         None => next.annotations_mut().remove(DEFAULT_CLASS_ANNOTATION),
     };
     next.spec = wanted.spec;
-    Some(next)
+    Some(ClassAction::Replace(Box::new(next)))
+}
+
+/// Whether the status is to be written. One without a word in it is none.
+#[must_use]
+pub fn is_other(found: Option<&VFClassStatus>, wanted: Option<&VFClassStatus>) -> bool {
+    let nothing = VFClassStatus::default();
+    found.unwrap_or(&nothing) != wanted.unwrap_or(&nothing)
 }
 
 #[cfg(test)]
@@ -126,6 +139,7 @@ mod tests {
             allowed_overrides: vec![NetworkField::Vlan],
             reclaim_policy: ReclaimPolicy::Retain,
             placement: Placement::Spread,
+            free: Some(5),
             default: false,
         }
     }
@@ -147,6 +161,7 @@ mod tests {
         assert_eq!(class.spec.pf_selector, PfSelector::default());
         assert_eq!(class.spec.allowed_overrides, vec![NetworkField::Vlan]);
         assert_eq!(class.spec.placement, Placement::Spread);
+        assert_eq!(class.status.as_ref().unwrap().free, Some(5));
         assert!(ours("blue", class));
     }
 
@@ -162,6 +177,7 @@ mod tests {
     fn a_change_replaces_the_object_that_was_read() {
         let mut changed = summary("gold");
         changed.default = true;
+        changed.free = Some(4);
         let actions = plan("blue", Some(&[changed]), &[stored("gold")]);
         let [ClassAction::Replace(class)] = actions.as_slice() else {
             panic!("{actions:?}")
@@ -169,12 +185,40 @@ mod tests {
         assert_eq!(class.metadata.uid.as_deref(), Some("uid-gold"));
         assert_eq!(class.metadata.resource_version.as_deref(), Some("5"));
         assert_eq!(class.annotations()[DEFAULT_CLASS_ANNOTATION], "true");
+        assert_eq!(class.status.as_ref().unwrap().free, Some(4));
         // And back again.
         let actions = plan("blue", Some(&[summary("gold")]), &[(**class).clone()]);
         let [ClassAction::Replace(class)] = actions.as_slice() else {
             panic!("{actions:?}")
         };
         assert!(!class.annotations().contains_key(DEFAULT_CLASS_ANNOTATION));
+    }
+
+    #[test]
+    fn another_number_is_a_report_and_nothing_of_the_host_comes_with_it() {
+        let mut changed = summary("gold");
+        changed.free = Some(6);
+        let actions = plan("blue", Some(&[changed.clone()]), &[stored("gold")]);
+        let [ClassAction::Report(class)] = actions.as_slice() else {
+            panic!("{actions:?}")
+        };
+        assert_eq!(class.metadata.resource_version.as_deref(), Some("5"));
+        let status = class.status.clone().unwrap();
+        assert_eq!(
+            (status.free, status.nodes, status.observed_generation),
+            (Some(6), vec![], None)
+        );
+        assert_eq!(plan("blue", Some(&[changed]), &[(**class).clone()]), vec![]);
+        // An older host does not say it: what was said is taken back, and only once.
+        let mut silent = summary("gold");
+        silent.free = None;
+        let actions = plan("blue", Some(&[silent.clone()]), &[stored("gold")]);
+        let [ClassAction::Report(class)] = actions.as_slice() else {
+            panic!("{actions:?}")
+        };
+        let mut emptied = (**class).clone();
+        emptied.status = Some(VFClassStatus::default());
+        assert_eq!(plan("blue", Some(&[silent]), &[emptied]), vec![]);
     }
 
     #[test]

@@ -209,7 +209,8 @@ fn settable(pf: Option<&PhysicalFunction>, network: &GrantedNetwork) -> Result<(
     }
 }
 
-fn defaults(class: &ClassNetwork, guest_uid: &str) -> GrantedNetwork {
+/// The settings of a claim that asks for none.
+pub(super) fn defaults(class: &ClassNetwork, guest_uid: &str) -> GrantedNetwork {
     GrantedNetwork {
         mac_address: derived_mac(guest_uid),
         vlan: class.vlan.clone(),

@@ -7,15 +7,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::api::{GuestCluster, PhysicalFunction, VFClaim, VFClass};
 use common::telemetry::Check;
 use futures::{Stream, StreamExt as _};
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DynamicObject};
-use kube::core::DeserializeGuard;
+use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch as latest;
 use tokio::task::JoinSet;
 
+use super::capacity::Nodes;
 use super::vmi::{self, Vmi};
 use super::withhold;
 
@@ -33,6 +36,7 @@ pub(super) struct Caches {
     classes: Store<Guarded<VFClass>>,
     pub(super) functions: Store<Guarded<PhysicalFunction>>,
     vmis: Store<DynamicObject>,
+    nodes: Store<PartialObjectMeta<Node>>,
     /// Every cache has been filled once.
     filled: Arc<AtomicBool>,
 }
@@ -43,6 +47,8 @@ pub(super) struct Triggers {
     pub(super) claims: UnboundedSender<ClaimKey>,
     pub(super) clusters: UnboundedSender<ClusterKey>,
     pub(super) functions: UnboundedSender<FunctionKey>,
+    /// What is left of the classes may have changed.
+    pub(super) capacity: latest::Sender<()>,
 }
 
 /// The objects of a cache that could be read.
@@ -62,12 +68,14 @@ impl Caches {
         let (functions, function_writer) = reflector::store();
         let kind = vmi::api_resource();
         let vmi_writer = reflector::store::Writer::new(kind.clone());
+        let (nodes, node_writer) = reflector::store();
         let caches = Self {
             claims,
             clusters,
             classes,
             functions,
             vmis: vmi_writer.as_reader(),
+            nodes,
             filled: Arc::default(),
         };
         let (known, to) = (caches.clone(), triggers.clone());
@@ -98,6 +106,16 @@ impl Caches {
         let api = Api::all_with(client.clone(), &kind);
         let vmis = watcher::watcher(api, watcher::Config::default()).modify(vmi::strip);
         tasks.spawn(feed("virtualmachineinstances", vmis, vmi_writer, on_vmi));
+        let to = triggers.capacity.clone();
+        let on_node = move |_| {
+            to.send_replace(());
+        };
+        let api: Api<PartialObjectMeta<Node>> = Api::all(client.clone());
+        let nodes = watcher::watcher(api, watcher::Config::default()).modify(|node| {
+            node.metadata.managed_fields = None;
+            node.metadata.annotations = None;
+        });
+        tasks.spawn(feed("nodes", nodes, node_writer, on_node));
         caches
     }
 
@@ -113,6 +131,8 @@ impl Caches {
         self.functions.wait_until_ready().await?;
         check.fail("reading VirtualMachineInstances");
         self.vmis.wait_until_ready().await?;
+        check.fail("reading Nodes");
+        self.nodes.wait_until_ready().await?;
         self.filled.store(true, Ordering::Release);
         check.pass();
         Ok(())
@@ -124,6 +144,15 @@ impl Caches {
 
     pub(super) fn classes(&self) -> Vec<Arc<Guarded<VFClass>>> {
         self.classes.state()
+    }
+
+    /// The host's nodes with their labels.
+    pub(super) fn labels(&self) -> Nodes {
+        let all = self.nodes.state();
+        let labelled = all
+            .iter()
+            .map(|node| (node.name_any(), node.labels().clone()));
+        labelled.collect()
     }
 
     pub(super) fn function(&self, name: &str) -> Option<Arc<Guarded<PhysicalFunction>>> {
@@ -195,6 +224,7 @@ impl Caches {
 
     /// Only claims without a grant wait for a class; guests show all of them.
     fn class_changed(&self, to: &Triggers) {
+        to.capacity.send_replace(());
         self.send_claims(to, |claim| claim.0.as_ref().is_ok_and(|c| !is_granted(c)));
         if self.is_filled() {
             for cluster in self.clusters.state() {
@@ -206,6 +236,7 @@ impl Caches {
     /// Itself, and claims on their way out whose VF it does not withhold yet, or no more.
     fn function_changed(&self, function: &Guarded<PhysicalFunction>, to: &Triggers) {
         let _ = to.functions.send(ObjectRef::from_obj(function));
+        to.capacity.send_replace(());
         let name = function.name_any();
         self.send_claims(to, |claim| {
             let due = claim.0.as_ref().ok().and_then(withhold::due);

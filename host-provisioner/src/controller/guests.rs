@@ -16,6 +16,7 @@ use kube::{Resource as _, ResourceExt as _};
 use serde_json::{Map, Value, json};
 
 use super::admit::{default_class, usable};
+use super::capacity::Totals;
 use super::identity::namespace_owner;
 use super::refusal::Refusal;
 use super::resolve::selector;
@@ -123,12 +124,13 @@ pub fn wanted(cluster: &GuestCluster, claim_role: &str) -> Wanted {
     }
 }
 
-/// The fields of status that this controller reports.
+/// The fields of status that this controller reports. `free` has what is left of each class.
 #[must_use]
 pub fn fields(
     cluster: &GuestCluster,
     classes: &[&VFClass],
     claims: &[&VFClaim],
+    free: &Totals,
 ) -> Map<String, Value> {
     let usable = usable(cluster, classes);
     let default = default_class(&usable).and_then(|c| c.uid());
@@ -142,6 +144,7 @@ pub fn fields(
             allowed_overrides: class.spec.allowed_overrides.clone(),
             reclaim_policy: class.spec.reclaim_policy,
             placement: class.spec.placement,
+            free: class.uid().and_then(|uid| free.get(&uid).copied()),
             default: class.uid() == default,
         })
         .collect();

@@ -21,9 +21,9 @@ use super::run::{Controller, MANAGER, RESYNC, ReconcileError, Version};
 
 /// How long objects once seen to be right are trusted.
 const TRUST: Duration = Duration::from_secs(600);
-/// The least time between two looks at a guest, whose claims may change often.
-/// Not a debounce, which would put a busy guest off for ever.
-const PAUSE: Duration = Duration::from_secs(1);
+/// The least time between two looks at a guest, whose claims may change often, and
+/// with it between two reports. Not a debounce, which would put a busy guest off for ever.
+const PAUSE: Duration = Duration::from_secs(3);
 
 /// Reconciles one guest; when to look again.
 pub(super) async fn reconcile(
@@ -61,7 +61,12 @@ pub(super) async fn reconcile(
         owned: &[type_::READY],
         conditions: vec![guests::condition(&outcome)],
         observed_generation: cluster.metadata.generation,
-        fields: guests::fields(cluster, &readable(&classes), &readable(&claims)),
+        fields: guests::fields(
+            cluster,
+            &readable(&classes),
+            &readable(&claims),
+            &controller.counted.totals(),
+        ),
     };
     let before = cluster.status.clone().unwrap_or_default().conditions;
     let api: Api<GuestCluster> = Api::all(controller.client.clone());

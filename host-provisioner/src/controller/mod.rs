@@ -3,12 +3,15 @@
 //!
 //! It writes `status.admitted`, `vm`, `hostNode`, `launcher` and the conditions
 //! Admitted and Resolved of a claim, its finalizer, what a `PhysicalFunction`
-//! withholds, and the status of `GuestCluster`s. It touches no pod and no hardware.
+//! withholds, and the status of `GuestCluster`s and `VFClass`es. It touches no pod and no hardware.
 //! Decisions are plain functions (`identity`, `admit`, `resolve`, `plan`, `guests`,
-//! `withhold`); `claims`, `guests_apply` and `withhold_apply` carry them out.
+//! `withhold`, `capacity`); `claims`, `guests_apply`, `withhold_apply` and `capacity_apply`
+//! carry them out.
 
 pub mod admit;
 mod caches;
+pub mod capacity;
+mod capacity_apply;
 mod claims;
 pub mod drivers;
 pub mod guests;

@@ -20,10 +20,12 @@ use kube::runtime::{Config, applier};
 use kube::{Client, Resource, ResourceExt as _};
 use thiserror::Error;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::caches::{Caches, Guarded, Triggers};
+use super::capacity_apply::{self, Counted};
 use super::metrics::ControllerMetrics;
 use super::quota::Ledger;
 use super::{claims, drivers, guests_apply, withhold_apply};
@@ -89,6 +91,8 @@ pub(super) struct Controller {
     pub(super) ensured: Since,
     /// When a guest was last looked at in full.
     pub(super) looked: Since,
+    /// What was left of the classes when it was last counted.
+    pub(super) counted: Counted,
     backoff: Backoff<String>,
 }
 
@@ -159,10 +163,12 @@ pub async fn run(
     let (claims_to, claims_queue) = unbounded_channel();
     let (clusters_to, clusters_queue) = unbounded_channel();
     let (functions_to, functions_queue) = unbounded_channel();
+    let (capacity_to, capacity_changed) = watch::channel(());
     let triggers = Triggers {
         claims: claims_to,
-        clusters: clusters_to,
+        clusters: clusters_to.clone(),
         functions: functions_to,
+        capacity: capacity_to,
     };
     let caches = Caches::start(&client, &triggers, &mut watches);
     drop(triggers);
@@ -178,11 +184,15 @@ pub async fn run(
         metrics: ControllerMetrics::register(metrics),
         ensured: Since::default(),
         looked: Since::default(),
+        counted: Counted::default(),
         backoff: Backoff::new(settings.retry_start, settings.retry_max),
         client,
         caches: caches.clone(),
         settings,
     });
+    // Before a guest's report is made, which would take the numbers of an earlier one back.
+    controller.counted.count(&caches);
+    let capacity = capacity_apply::run(controller.clone(), capacity_changed, clusters_to);
     let claim_work = work(
         controller.clone(),
         caches.claims.clone(),
@@ -234,6 +244,7 @@ pub async fn run(
     tokio::select! {
         _ = async { tokio::join!(claim_work, cluster_work, function_work) } => {}
         () = counts => return Err(ControllerError::Watch),
+        () = capacity => return Err(ControllerError::Watch),
         // Watches go on for ever; one that ends would leave the caches stale.
         _ = watches.join_next() => return Err(ControllerError::Watch),
     }

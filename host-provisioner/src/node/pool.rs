@@ -43,21 +43,50 @@ pub struct Choice {
     pub create: Option<u16>,
 }
 
-/// Whether a class's selector takes this PF of a node with these labels.
+/// What a class's selector asks of a PF; `None` is not known and matches no list.
+#[derive(Clone, Copy, Debug)]
+pub struct Traits<'a> {
+    pub driver: Option<&'a str>,
+    pub vendor: Option<&'a str>,
+    pub device: Option<&'a str>,
+    pub address: Option<&'a str>,
+    pub interface: Option<&'a str>,
+}
+
+/// Whether a class's selector takes a PF with these traits, of a node with these labels.
 #[must_use]
-pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &PfFacts) -> bool {
+pub fn selects_traits(
+    selector: &PfSelector,
+    labels: &BTreeMap<String, String>,
+    pf: Traits<'_>,
+) -> bool {
     let any = |list: &[String], value: Option<&str>| {
         list.is_empty() || value.is_some_and(|value| list.iter().any(|entry| entry == value))
     };
-    any(&selector.drivers, pf.driver.as_deref())
-        && any(&selector.vendor_ids, Some(&pf.vendor.to_string()))
-        && any(&selector.device_ids, Some(&pf.device.to_string()))
-        && any(&selector.pci_addresses, Some(&pf.address.to_string()))
-        && any(&selector.interface_names, pf.interface.as_deref())
+    any(&selector.drivers, pf.driver)
+        && any(&selector.vendor_ids, pf.vendor)
+        && any(&selector.device_ids, pf.device)
+        && any(&selector.pci_addresses, pf.address)
+        && any(&selector.interface_names, pf.interface)
         && selector
             .node_selector
             .iter()
             .all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// Whether a class's selector takes this PF of a node with these labels.
+#[must_use]
+pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &PfFacts) -> bool {
+    let (vendor, device) = (pf.vendor.to_string(), pf.device.to_string());
+    let address = pf.address.to_string();
+    let traits = Traits {
+        driver: pf.driver.as_deref(),
+        vendor: Some(&vendor),
+        device: Some(&device),
+        address: Some(&address),
+        interface: pf.interface.as_deref(),
+    };
+    selects_traits(selector, labels, traits)
 }
 
 /// Chooses a VF. A claim that has one gets the same again.

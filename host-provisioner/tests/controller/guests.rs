@@ -303,7 +303,7 @@ async fn the_report_has_classes_and_claims_and_is_quiet_when_nothing_changes() {
     harness
         .says(&made, type_::RESOLVED, reason::VM_NOT_RUNNING)
         .await;
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
     assert_eq!(
         guests.get("blue").await.unwrap().resource_version(),
         one.resource_version()

@@ -122,7 +122,7 @@ async fn settled(harness: &Harness, gates: [&Gate; 2], mut round: u8) -> u8 {
     };
     let last = round + 6;
     while round < last {
-        // A guest is looked at once a second, so its count comes last.
+        // A guest is looked at every few seconds, so its count comes last.
         eventually("the guest's claims are counted", || async {
             let claims = harness.claims().list(&ListParams::default()).await.unwrap();
             let granted = claims.iter().filter(|c| is_granted(c)).count();

@@ -9,6 +9,7 @@
     clippy::indexing_slicing
 )]
 
+mod capacity;
 mod claims;
 mod guests;
 mod harness;
