@@ -63,7 +63,7 @@ pub struct HostDriverSpec {
     pub order: i32,
     /// Labels of the nodes that are to have it; empty: all that run a node agent.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(schema_with = "labels")]
+    #[schemars(schema_with = "schema::labels")]
     pub node_selector: BTreeMap<String, String>,
 }
 
@@ -74,14 +74,6 @@ fn parameters(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         "type": "object",
         "maxProperties": 32,
         "additionalProperties": {"type": "string", "maxLength": 256, "pattern": "^[^\\s\"]*$"}
-    })
-}
-
-fn labels(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({
-        "type": "object",
-        "maxProperties": 32,
-        "additionalProperties": {"type": "string", "maxLength": 63}
     })
 }
 

@@ -28,3 +28,12 @@ pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
         }
     })
 }
+
+/// Labels to select by: at most 32, values as long as a label's may be.
+pub(super) fn labels(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "maxProperties": 32,
+        "additionalProperties": {"type": "string", "maxLength": 63}
+    })
+}

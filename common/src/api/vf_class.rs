@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField, WithheldReason};
+use super::{ClassNetwork, NetworkField, WithheldReason, schema};
 
 /// A kind of VF that tenants can ask for. On the host it decides; its copies in
 /// guest clusters carry no selector and are for information.
@@ -189,5 +189,6 @@ pub struct PfSelector {
     pub interface_names: Vec<String>,
     /// Labels of the host node.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "schema::labels")]
     pub node_selector: BTreeMap<String, String>,
 }

@@ -78,6 +78,11 @@ async fn classes_have_defaults_and_bounds() {
             "more than 64",
         ),
         (
+            "pfSelector.nodeSelector",
+            json!({"rack": "a".repeat(64)}),
+            "more than 63",
+        ),
+        (
             "pfSelector.drivers",
             json!(vec!["igb"; 17]),
             "at most 16 items",

@@ -254,7 +254,13 @@ impl Policy<'_> {
             LinkState, MacAddress, MaxTxRateMbps, MinTxRateMbps, SpoofCheck, Trust,
         };
         let mac = wish.mac_address.as_deref().map(normal_mac).transpose()?;
-        let vlan = wish.vlan.clone().map(usable_vlan).transpose()?.map(Some);
+        let vlan = wish.vlan.clone().map(usable_vlan).transpose()?;
+        let held = self.holding(NetworkField::Vlan).vlan.as_ref();
+        let vlan = vlan.map(|wish| match held {
+            // The same in other words is no other wish.
+            Some(held) if is_same_tag(held, &wish) => Some(held.clone()),
+            _ => Some(wish),
+        });
         let granted = GrantedNetwork {
             mac_address: self.choose(MacAddress, "macAddress", mac, |n| n.mac_address.clone())?,
             vlan: self.choose(NetworkField::Vlan, "vlan", vlan, |n| n.vlan.clone())?,
@@ -280,6 +286,14 @@ impl Policy<'_> {
         Ok(granted)
     }
 
+    /// What holds for a setting that the claim leaves out.
+    fn holding(&self, field: NetworkField) -> &GrantedNetwork {
+        match self.fallback {
+            Some(before) if !self.allowed.contains(&field) => before,
+            _ => &self.current,
+        }
+    }
+
     /// Asking for what would hold anyway is no override.
     fn choose<T: PartialEq>(
         &self,
@@ -289,10 +303,7 @@ impl Policy<'_> {
         of: impl Fn(&GrantedNetwork) -> T,
     ) -> Result<T, Refusal> {
         let allowed = self.allowed.contains(&field);
-        let held = match self.fallback {
-            Some(before) if !allowed => of(before),
-            _ => of(&self.current),
-        };
+        let held = of(self.holding(field));
         match wish {
             None => Ok(held),
             Some(wish) if allowed || wish == held => Ok(wish),
@@ -347,6 +358,18 @@ fn usable_vlan(vlan: Vlan) -> Result<Vlan, Refusal> {
             vlan.qos.unwrap_or(0)
         ),
     ))
+}
+
+/// A priority of 0 and the protocol 802.1Q may be written out or left out.
+fn is_same_tag(one: &Vlan, other: &Vlan) -> bool {
+    let meant = |vlan: &Vlan| {
+        (
+            vlan.id,
+            vlan.qos.unwrap_or(0),
+            vlan.protocol.unwrap_or_default(),
+        )
+    };
+    meant(one) == meant(other)
 }
 
 /// One bound may be the claim's and the other the class's, which no schema sees together.

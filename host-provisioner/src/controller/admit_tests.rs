@@ -243,16 +243,29 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
             MaxTxRateMbps => assert_eq!(network.max_tx_rate_mbps, Some(500)),
         }
     }
-    // Asking for what the class gives anyway is no override.
-    let same = NetworkRequest {
-        trust: Some(false),
-        vlan: Some(Vlan {
-            id: 7,
-            ..Vlan::default()
-        }),
-        ..wish()
-    };
-    assert!(ask(&claim(Some("gold"), same), &blue, &[&class("gold", &[])], 0).is_ok());
+    // Asking for what the class gives anyway is no override, in whatever words.
+    for (qos, protocol, same) in [
+        (None, None, true),
+        (Some(0), Some(VlanProtocol::Ieee8021Q), true),
+        (Some(1), None, false),
+        (None, Some(VlanProtocol::Ieee8021Ad), false),
+    ] {
+        let (id, trust) = (7, Some(false));
+        let vlan = Some(Vlan { id, qos, protocol });
+        let request = NetworkRequest {
+            trust,
+            vlan,
+            ..wish()
+        };
+        let asked = ask(
+            &claim(Some("gold"), request),
+            &blue,
+            &[&class("gold", &[])],
+            0,
+        );
+        let as_given = asked.map(|a| a.network.vlan == class("gold", &[]).spec.network.vlan);
+        assert_eq!(as_given.unwrap_or(false), same, "{qos:?} {protocol:?}");
+    }
 }
 
 #[test]

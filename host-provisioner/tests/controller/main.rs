@@ -11,6 +11,7 @@
 
 mod capacity;
 mod claims;
+mod classes;
 mod guests;
 mod harness;
 mod leaders;
