@@ -13,6 +13,7 @@ mod hostile;
 mod killed;
 mod memory;
 mod outages;
+mod placement;
 mod random;
 mod real;
 mod reclaim;
@@ -115,6 +116,7 @@ pub fn all() -> Vec<Scenario> {
         hostile::scenarios,
         restarts::scenarios,
         several::scenarios,
+        placement::scenarios,
         killed::scenarios,
         memory::scenarios,
         outages::scenarios,

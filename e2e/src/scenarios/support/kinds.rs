@@ -67,6 +67,17 @@ impl Lab<'_> {
         self.allow(&[CLASS, DEFAULT_CLASS, name]).await
     }
 
+    /// A class of the harness's own over all managed PFs with this placement, made if there is
+    /// none; the guest may use it.
+    pub async fn class_placing(&self, name: &str, placement: &str) -> Result<()> {
+        let api: Api<VFClass> = Api::all(self.host.clone());
+        if api.get_opt(name).await?.is_none() {
+            self.class_with(name, json!({"placement": placement}))
+                .await?;
+        }
+        self.allow(&[CLASS, DEFAULT_CLASS, name]).await
+    }
+
     /// A class of the harness's own that the guest may not use.
     pub async fn class_for_others(&self, name: &str, selector: Value) -> Result<()> {
         self.class_with(name, json!({"pfSelector": selector})).await
