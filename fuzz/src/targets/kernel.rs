@@ -152,6 +152,7 @@ fn vfs(mut bytes: Bytes<'_>) {
                 _ => LinkState::Disable,
             },
             rate,
+            ..VfConfig::CLEAN
         });
     }
     let mut body = vec![0; 16];

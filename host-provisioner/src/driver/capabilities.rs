@@ -7,7 +7,7 @@ use common::api::{LinkState, VfCapabilities, VlanProtocol};
 use common::pci::PciAddress;
 use thiserror::Error;
 
-use crate::kernel::{MacAddr, VfConfig};
+use crate::kernel::{MacAddr, Storage, VfConfig};
 
 /// How a backend's VFs come to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,9 @@ pub struct Capabilities {
     pub growth: Growth,
     /// The driver takes the zero MAC, that is, "none given", and reports it again.
     pub zero_mac: bool,
+    /// Its VFs are controllers of an NVMe subsystem: they have a namespace, and no setting of a
+    /// network interface.
+    pub storage: bool,
     pub settings: VfCapabilities,
 }
 
@@ -35,12 +38,27 @@ impl Capabilities {
     /// # Errors
     /// [`Unsupported`] names the first setting that cannot.
     pub fn supports(&self, want: &VfConfig) -> Result<(), Unsupported> {
-        if want.mac.is_zero() && !self.zero_mac {
-            return Err(Unsupported {
+        let refused = |setting| {
+            Err(Unsupported {
                 driver: self.driver.to_owned(),
-                setting: "an empty MAC address",
+                setting,
                 can: None,
-            });
+            })
+        };
+        match (self.storage, want.storage) {
+            (true, Storage::Foreign) => return refused("what a network interface has"),
+            (true, Storage::Amiss(what)) => return refused(what),
+            (true, Storage::Nothing | Storage::Namespace(_)) => {
+                return match *want == VfConfig::of_storage(want.storage) {
+                    true => Ok(()),
+                    false => refused("what a network interface has"),
+                };
+            }
+            (false, Storage::Foreign) => {}
+            (false, _) => return refused("a namespace"),
+        }
+        if want.mac.is_zero() && !self.zero_mac {
+            return refused("an empty MAC address");
         }
         supports(self.driver, &self.settings, want)
     }
@@ -49,6 +67,9 @@ impl Capabilities {
     /// as the driver has them.
     #[must_use]
     pub fn clean(&self, vf: PciAddress) -> VfConfig {
+        if self.storage {
+            return VfConfig::of_storage(Storage::Nothing);
+        }
         VfConfig {
             mac: if self.zero_mac {
                 MacAddr::ZERO
@@ -295,6 +316,37 @@ mod tests {
             supports("x", &ALL, &reversed).unwrap_err().to_string(),
             "driver x cannot set a minimum transmit rate above the maximum"
         );
+    }
+
+    #[test]
+    fn storage_and_network_do_not_mix() {
+        let network = Capabilities {
+            driver: "x",
+            growth: Growth::AllAtOnce,
+            zero_mac: true,
+            storage: false,
+            settings: ALL,
+        };
+        let storage = Capabilities {
+            storage: true,
+            settings: VfCapabilities::default(),
+            ..network
+        };
+        let vf = "0000:01:10.0".parse().unwrap();
+        let namespace = VfConfig::of_storage(Storage::Namespace(1));
+        assert_eq!(storage.supports(&namespace), Ok(()));
+        assert_eq!(storage.supports(&storage.clean(vf)), Ok(()));
+        let refused = |can: Capabilities, want: &VfConfig| can.supports(want).unwrap_err().setting;
+        assert_eq!(refused(network, &namespace), "a namespace");
+        let both = VfConfig {
+            vlan: Some(VlanTag::new(5, 0)),
+            ..namespace
+        };
+        for want in [VfConfig::CLEAN, WANT, both] {
+            assert_eq!(refused(storage, &want), "what a network interface has");
+        }
+        let amiss = VfConfig::of_storage(Storage::Amiss("two of them"));
+        assert_eq!(refused(storage, &amiss), "two of them");
     }
 
     #[test]

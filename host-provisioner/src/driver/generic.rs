@@ -91,10 +91,10 @@ pub fn clean(
     let mut errors = Vec::new();
     let clean = capabilities.clean(vf.address);
     if let Err(error) = settled(|| kernel.set_vf_config(pf, vf.index, &clean)) {
-        errors.push(error);
+        errors.push(error.into());
     }
     if let Err(error) = kernel.reset_function(vf.address) {
-        errors.push(error);
+        errors.push(error.into());
     }
     if errors.is_empty() {
         return Ok(());

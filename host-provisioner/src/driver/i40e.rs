@@ -31,6 +31,7 @@ impl VfDriver for I40e {
             driver: "i40e",
             growth: Growth::AllAtOnce,
             zero_mac: false,
+            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

@@ -12,9 +12,11 @@ mod ice;
 mod igb;
 mod ixgbe;
 mod mlx5;
+mod nvme;
 #[cfg(test)]
 mod tests;
 
+use common::pci::PciAddress;
 use thiserror::Error;
 
 use crate::kernel::{Eswitch, Kernel, KernelError, PfFacts, VfConfig, VfFacts};
@@ -27,6 +29,7 @@ pub use ice::Ice;
 pub use igb::Igb;
 pub use ixgbe::Ixgbe;
 pub use mlx5::Mlx5;
+pub use nvme::Nvme;
 
 /// Why a VF was not made or not made ready.
 #[derive(Debug, Error)]
@@ -44,12 +47,26 @@ pub enum DriverError {
     /// Every step is tried, so that one failure does not keep the rest dirty.
     #[error("VF {vf} could not be cleaned: {}", list(.errors))]
     NotClean {
-        vf: common::pci::PciAddress,
-        errors: Vec<KernelError>,
+        vf: PciAddress,
+        errors: Vec<DriverError>,
     },
+    /// What an NVMe subsystem cannot do, or what in it keeps from doing it, with what to do.
+    #[error("the NVMe subsystem of {pf}: {words}")]
+    Storage { pf: PciAddress, words: String },
 }
 
-fn list(errors: &[KernelError]) -> String {
+impl DriverError {
+    /// The kernel's error number, where it gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Kernel(error) | Self::Explained { error, .. } => error.errno(),
+            Self::Unsupported(_) | Self::NotClean { .. } | Self::Storage { .. } => None,
+        }
+    }
+}
+
+fn list(errors: &[DriverError]) -> String {
     let words: Vec<String> = errors.iter().map(ToString::to_string).collect();
     words.join("; ")
 }
@@ -77,6 +94,25 @@ pub trait VfDriver: Send + Sync + 'static {
     /// error says it all.
     fn explain(&self, _error: &KernelError) -> Option<&'static str> {
         None
+    }
+
+    /// Whether VFs of this PF work as far as it is concerned: without the interface of a network
+    /// card none has a link.
+    fn is_up(&self, pf: &PfFacts) -> bool {
+        pf.up
+    }
+
+    /// The settings of the VF of that index, as they are.
+    ///
+    /// # Errors
+    /// The kernel's, with errno; [`KernelError::NoSuchVf`] also of one that is being reset.
+    fn settings(
+        &self,
+        kernel: &dyn Kernel,
+        pf: &PfFacts,
+        index: u16,
+    ) -> Result<VfConfig, KernelError> {
+        kernel.vf_config(pf, index)
     }
 
     /// Makes VFs so that at least `count` exist, and takes the PF up. The caller has planned
@@ -140,7 +176,7 @@ const SWITCHDEV: &str = "its eswitch is in switchdev mode, in which a VF reaches
      no VFs (devlink dev eswitch set pci/ADDRESS mode legacy)";
 
 /// The backends. A new one is one file and one line here; see `docs/drivers.md`.
-const DRIVERS: [&dyn VfDriver; 6] = [&Igb, &Ixgbe, &I40e, &Ice, &Mlx5, &Bnxt];
+const DRIVERS: [&dyn VfDriver; 7] = [&Igb, &Ixgbe, &I40e, &Ice, &Mlx5, &Bnxt, &Nvme];
 
 /// The backend of this PF; `None`: not supported, to be left alone.
 #[must_use]

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use common::pci::PciAddress;
 use thiserror::Error;
 
-use super::Stuck;
 use super::netlink::VfSetting;
+use super::{Stuck, nvme};
 
 /// A failed question or order to the kernel.
 #[derive(Debug, Error)]
@@ -92,10 +92,33 @@ pub enum KernelError {
     },
     #[error("{what} did not come within {millis} ms")]
     Timeout { what: String, millis: u128 },
+    #[error(
+        "{0} has no NVMe controller: is it bound to the driver nvme, and did the controller start?"
+    )]
+    NoNvmeController(PciAddress),
+    /// An NVMe admin command that the controller refused; its status as Linux gives it.
+    #[error("the NVMe controller of {pf} refused to {command}: {}", status_text(*status))]
+    Nvme {
+        pf: PciAddress,
+        command: String,
+        status: u16,
+    },
+    /// An answer that is not as the NVMe specification says.
+    #[error("the NVMe controller of {pf} answered {what} with what is none")]
+    NvmeAnswer { pf: PciAddress, what: String },
+    #[error("{0} has VFs, which a reset would take offline, so it is not reset")]
+    HasVfs(PciAddress),
 }
 
 fn name(driver: Option<&str>) -> &str {
     driver.unwrap_or("none")
+}
+
+fn status_text(status: u16) -> String {
+    match nvme::status_words(status) {
+        Some(words) => format!("{words} (status {status:#x})"),
+        None => format!("status {status:#x}"),
+    }
 }
 
 impl KernelError {

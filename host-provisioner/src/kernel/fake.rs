@@ -6,6 +6,7 @@
 //! or hangs without a word.
 
 mod manners;
+mod nvme;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -19,11 +20,12 @@ use common::pci::{PciAddress, PciId};
 
 use super::netlink::VfSetting;
 use super::{
-    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, PfFacts, Stuck, TxRate,
-    VFIO_PCI, VfConfig, VfFacts, Watcher,
+    Change, GroupHold, HoldError, Kernel, KernelError, MacAddr, NodeFacts, Nvme, PfFacts, Stuck,
+    TxRate, VFIO_PCI, VfConfig, VfFacts, Watcher,
 };
 use crate::cpus::CpuList;
 
+pub use nvme::{Formats, PRIMARY, nvme_pf};
 pub use state::Write;
 use state::{HELPER, State};
 
@@ -161,6 +163,16 @@ impl FakeKernel {
         }
     }
 
+    /// A guest has this VF from now on; nothing may be taken from it.
+    pub fn give_to_guest(&self, vf: PciAddress, has: bool) {
+        let mut state = self.lock();
+        if has {
+            state.guests.insert(vf);
+        } else {
+            state.guests.remove(&vf);
+        }
+    }
+
     /// Changes a VF's settings behind everybody's back.
     pub fn give_config(&self, vf: PciAddress, config: VfConfig) {
         if let Some(vf) = self.lock().vf_mut(vf) {
@@ -281,13 +293,18 @@ impl Kernel for FakeKernel {
     fn physical_functions(&self) -> Result<Vec<PfFacts>, KernelError> {
         let mut state = self.lock();
         state.due_failure("physical_functions", "/sys/bus/pci/devices")?;
-        Ok(state.pfs.values().map(|pf| pf.facts.clone()).collect())
+        let all = state.pfs.values().map(|pf| state.facts(pf));
+        Ok(all.collect())
     }
 
     fn physical_function(&self, pf: PciAddress) -> Result<PfFacts, KernelError> {
         let mut state = self.lock();
         state.due_failure("physical_function", &device_file(pf, ""))?;
-        Ok(state.pf(pf)?.facts.clone())
+        state.pf(pf)?;
+        let known = state.pfs.get(&pf);
+        known
+            .map(|pf| state.facts(pf))
+            .ok_or(KernelError::NoSuchFunction(pf))
     }
 
     fn virtual_functions(&self, pf: PciAddress) -> Result<Vec<VfFacts>, KernelError> {
@@ -478,6 +495,10 @@ impl Kernel for FakeKernel {
                 opening,
             },
         ))
+    }
+
+    fn nvme(&self) -> &dyn Nvme {
+        self
     }
 }
 

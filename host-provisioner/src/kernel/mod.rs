@@ -17,6 +17,7 @@ pub mod helper;
 mod host_use;
 pub mod modules;
 mod netlink;
+pub mod nvme;
 mod real;
 mod sysfs;
 mod types;
@@ -31,10 +32,11 @@ use crate::cpus::CpuList;
 pub use changes::{Change, Watcher};
 pub use error::{HoldError, KernelError};
 pub use helper::{Helpers, Stuck};
+pub use nvme::Nvme;
 pub use real::RealKernel;
 pub use types::{
-    Eswitch, MacAddr, MacError, NodeFacts, PfFacts, Roots, TxRate, VFIO_PCI, VfConfig, VfFacts,
-    VlanTag,
+    Eswitch, MacAddr, MacError, NodeFacts, PfFacts, Roots, Storage, TxRate, VFIO_PCI, VfConfig,
+    VfFacts, VlanTag,
 };
 pub use vfio::GroupHold;
 
@@ -120,4 +122,7 @@ pub trait Kernel: Send + Sync + 'static {
     fn probe_group(&self, group: u32) -> Result<(), HoldError> {
         self.hold_group(group).map(drop)
     }
+
+    /// The NVMe controllers of this host.
+    fn nvme(&self) -> &dyn Nvme;
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use common::pci::{PciAddress, PciId};
 
 use super::netlink::{NetUse, Netlink, RtNetlink, VfSetting};
+use super::nvme::{Blocks, Command, Lent, Nvme, device};
 use super::sysfs::{Attributes, Files, Sysfs};
 use super::{
     GroupHold, Helpers, HoldError, Kernel, KernelError, NodeFacts, PfFacts, Roots, Stuck, VFIO_PCI,
@@ -36,6 +37,7 @@ pub struct RealKernel {
     attributes: Arc<dyn Attributes>,
     openings: vfio::Openings,
     helpers: Option<Helpers>,
+    lending: device::Lending,
 }
 
 impl RealKernel {
@@ -48,6 +50,7 @@ impl RealKernel {
             attributes: Arc::new(Files),
             openings: vfio::Openings::default(),
             helpers: None,
+            lending: device::Lending::default(),
         }
     }
 
@@ -103,16 +106,20 @@ impl RealKernel {
             driver: sysfs::link_name(&device.join("driver"))?,
             mac: link.and_then(|link| link.mac),
             permanent_mac: link.and_then(|link| link.permanent_mac),
-            serial: config_space::serial_number(&config),
+            serial: match config_space::serial_number(&config) {
+                Some(serial) => Some(serial),
+                None => device::serial(self.sysfs(), pf)?,
+            },
             slot: self.slot(pf)?,
             total_vfs: sysfs::parse(&device.join("sriov_totalvfs"), "a number of VFs")?,
             num_vfs,
             numa_node: numa_node(&device)?,
             iommu_group,
             group_members,
-            in_use_by_host: interface
-                .as_deref()
-                .and_then(|name| host_use::reason(usage, name)),
+            in_use_by_host: match interface.as_deref() {
+                Some(name) => host_use::reason(usage, name),
+                None => device::in_use(self.sysfs(), pf, &self.lending)?,
+            },
             up: link.is_some_and(|link| link.up),
             eswitch: self.netlink.eswitch(pf)?,
             interface,
@@ -353,6 +360,30 @@ impl Kernel for RealKernel {
 
     fn probe_group(&self, group: u32) -> Result<(), HoldError> {
         self.openings.probe(&self.roots.dev, group)
+    }
+
+    fn nvme(&self) -> &dyn Nvme {
+        self
+    }
+}
+
+impl Nvme for RealKernel {
+    fn admin(&self, pf: PciAddress, command: &Command) -> Result<Vec<u8>, KernelError> {
+        self.pf_device(pf)?;
+        device::admin(self.sysfs(), &self.roots.dev, pf, command)
+    }
+
+    fn reset(&self, pf: PciAddress) -> Result<(), KernelError> {
+        self.pf_device(pf)?;
+        device::reset(self.sysfs(), pf)
+    }
+
+    fn lend(&self, pf: PciAddress, nsid: u32) -> Lent {
+        self.lending.lend(pf, nsid)
+    }
+
+    fn open(&self, pf: PciAddress, nsid: u32) -> Result<Box<dyn Blocks>, KernelError> {
+        device::open(self.sysfs(), &self.roots.dev, pf, nsid)
     }
 }
 

@@ -129,7 +129,8 @@ pub struct PfFacts {
     pub mac: Option<MacAddr>,
     /// The address burnt into the hardware (`IFLA_PERM_ADDRESS`).
     pub permanent_mac: Option<MacAddr>,
-    /// Device serial number from the PCIe capability, 16 hex digits.
+    /// Device serial number from the PCIe capability, 16 hex digits; without it the NVMe
+    /// controller's.
     pub serial: Option<String>,
     /// Physical slot, as named in `/sys/bus/pci/slots`.
     pub slot: Option<String>,
@@ -240,6 +241,31 @@ impl fmt::Display for TxRate {
     }
 }
 
+/// What the controller of a VF has, where the PF is an NVMe subsystem's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// The PF is none: a network card's.
+    #[default]
+    Foreign,
+    /// No namespace.
+    Nothing,
+    /// This namespace alone, which no other controller has.
+    Namespace(u32),
+    /// Something that serves nobody; what.
+    Amiss(&'static str),
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Foreign => f.write_str("no controller"),
+            Self::Nothing => f.write_str("no namespace"),
+            Self::Namespace(nsid) => write!(f, "namespace {nsid}"),
+            Self::Amiss(what) => f.write_str(what),
+        }
+    }
+}
+
 /// What a PF does for one of its VFs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VfConfig {
@@ -250,6 +276,7 @@ pub struct VfConfig {
     pub trust: bool,
     pub link_state: LinkState,
     pub rate: TxRate,
+    pub storage: Storage,
 }
 
 impl VfConfig {
@@ -261,7 +288,24 @@ impl VfConfig {
         trust: false,
         link_state: LinkState::Auto,
         rate: TxRate { min: 0, max: 0 },
+        storage: Storage::Foreign,
     };
+
+    /// What a VF has that is no network interface.
+    #[must_use]
+    pub const fn of_storage(storage: Storage) -> Self {
+        Self {
+            spoof_check: false,
+            storage,
+            ..Self::CLEAN
+        }
+    }
+
+    /// Whether it is of a VF of an NVMe subsystem.
+    #[must_use]
+    pub fn is_storage(&self) -> bool {
+        self.storage != Storage::Foreign
+    }
 }
 
 impl VfConfig {
@@ -279,6 +323,7 @@ impl VfConfig {
             ("trust", self.trust != reported.trust),
             ("link state", self.link_state != reported.link_state),
             ("transmit rate", self.rate != reported.rate),
+            ("namespace", self.storage != reported.storage),
         ];
         let drifted = differs.into_iter().filter(|(_, differs)| *differs);
         drifted.map(|(setting, _)| setting).collect()
@@ -287,6 +332,9 @@ impl VfConfig {
 
 impl fmt::Display for VfConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_storage() {
+            return self.storage.fmt(f);
+        }
         let on = |flag| if flag { "on" } else { "off" };
         write!(f, "MAC {}, ", self.mac)?;
         match self.vlan {
@@ -356,6 +404,7 @@ mod tests {
             trust: true,
             link_state: LinkState::Disable,
             rate: TxRate { min: 0, max: 100 },
+            ..VfConfig::CLEAN
         };
         assert_eq!(VfConfig::CLEAN.drift(&VfConfig::CLEAN), Vec::<&str>::new());
         let all = [
@@ -392,5 +441,8 @@ mod tests {
             limited.to_string(),
             format!("{usual}, link state Enable, transmit rate min none, max 50 Mbit/s")
         );
+        let storage = VfConfig::of_storage(Storage::Namespace(7));
+        assert_eq!(storage.to_string(), "namespace 7");
+        assert!(storage.is_storage() && !VfConfig::CLEAN.is_storage());
     }
 }

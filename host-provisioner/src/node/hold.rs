@@ -15,6 +15,7 @@ use super::agent::Agent;
 use super::inventory;
 use super::ledger::Entry;
 use super::vf::{self, VfError};
+use crate::driver::driver_for;
 use crate::kernel::{Change, Kernel, PfFacts, VFIO_PCI, VfConfig, Watcher};
 
 /// What belongs together is looked at together: a driver that is loaded anew tells of each
@@ -175,18 +176,22 @@ async fn look(agent: &Arc<Agent>) -> Result<(), VfError> {
     Ok(())
 }
 
-/// How the PF serves these claims' VFs; without an interface it serves none.
+/// How the PF serves these claims' VFs; a network card without an interface serves none.
 fn serving(kernel: &dyn Kernel, pf: &PfFacts, entries: &[Entry]) -> Result<Serving, VfError> {
     let mut vfs = BTreeMap::new();
+    let driver = driver_for(pf);
+    let storage = driver.is_some_and(|driver| driver.capabilities(pf).storage);
+    let readable = pf.interface.is_some() || storage;
     let all = kernel.virtual_functions(pf.address)?.into_iter();
     for vf in all.filter(|vf| entries.iter().any(|entry| entry.vf.index == vf.index)) {
-        if pf.interface.is_none() {
+        if !readable {
             break;
         }
         let config = vf::settings(kernel, pf, vf.index)?;
         vfs.insert(vf.index, (vf.driver, config));
     }
-    Ok(Serving { up: pf.up, vfs })
+    let up = driver.map_or(pf.up, |driver| driver.is_up(pf));
+    Ok(Serving { up, vfs })
 }
 
 #[cfg(test)]

@@ -78,9 +78,13 @@ pub fn find(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<Option<VfFa
 /// The VF's settings. One that there is and of which the kernel says nothing is being reset, by
 /// its guest or for a change of ours; that is waited for.
 pub fn settings(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<VfConfig, VfError> {
-    match kernel.vf_config(pf, index) {
+    let read = || match driver_for(pf) {
+        Some(driver) => driver.settings(kernel, pf, index),
+        None => kernel.vf_config(pf, index),
+    };
+    match read() {
         Err(KernelError::NoSuchVf { .. }) if find(kernel, pf, index)?.is_some() => {
-            Ok(settled(|| kernel.vf_config(pf, index))?)
+            Ok(settled(read)?)
         }
         said => Ok(said?),
     }
@@ -222,7 +226,7 @@ pub fn prepare(
     reach(Point::Bound);
     if got != *want {
         return Err(KernelError::Readback {
-            interface: pf.interface.clone().unwrap_or_default(),
+            interface: named(pf),
             index,
             setting: "the VF's settings",
             wanted: want.to_string(),
@@ -300,7 +304,8 @@ pub fn drift(
     index: u16,
     want: &VfConfig,
 ) -> Result<Option<Drift>, VfError> {
-    Ok(Drift::of(pf.up, want, settings(kernel, pf, index)?))
+    let up = driver(pf)?.is_up(pf);
+    Ok(Drift::of(up, want, settings(kernel, pf, index)?))
 }
 
 /// Gives the VF that a guest has what it was granted again, and reads it back.
@@ -327,6 +332,12 @@ pub fn create(kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), VfErr
     driver(pf)?.create(kernel, pf, count)?;
     reach(Point::VfsCreated);
     Ok(())
+}
+
+/// The PF's interface, or its address where it has none.
+fn named(pf: &PfFacts) -> String {
+    let address = || pf.address.to_string();
+    pf.interface.clone().unwrap_or_else(address)
 }
 
 fn driver(pf: &PfFacts) -> Result<&'static dyn VfDriver, VfError> {

@@ -57,11 +57,14 @@ fn fullest(can: &VfCapabilities) -> VfConfig {
             min: if can.min_tx_rate { 10 } else { 0 },
             max: can.max_tx_rate_from_mbps.unwrap_or(0).max(10),
         },
+        ..VfConfig::CLEAN
     }
 }
 
 fn names() -> Vec<&'static str> {
-    DRIVERS.iter().map(|driver| driver.name()).collect()
+    // What storage does is in driver/nvme/tests.rs.
+    let network = DRIVERS.iter().filter(|driver| driver.name() != "nvme");
+    network.map(|driver| driver.name()).collect()
 }
 
 #[test]
@@ -298,7 +301,7 @@ fn what_has_no_backend_is_left_alone() {
     for driver in [
         "sfc",
         "qede",
-        "nvme",
+        "4xxx",
         "mlx4_core",
         "vfio-pci",
         "igbvf",

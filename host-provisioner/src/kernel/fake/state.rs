@@ -9,7 +9,7 @@ use crate::kernel::{KernelError, MacAddr, PfFacts, Stuck, VFIO_PCI, VfConfig, Vf
 
 use crate::kernel::netlink::VfSetting;
 
-use super::{manners, refused};
+use super::{manners, nvme, refused};
 
 /// The first group number of VFs; PFs have those below it.
 const FIRST_VF_GROUP: u32 = 1000;
@@ -42,6 +42,11 @@ pub enum Write {
     Bind(PciAddress),
     Unbind(PciAddress),
     Reset(PciAddress),
+    /// An NVMe admin command that changes something, by its name.
+    Nvme {
+        pf: PciAddress,
+        command: String,
+    },
 }
 
 #[derive(Debug)]
@@ -103,6 +108,10 @@ pub(super) struct State {
     /// Makes so many, whatever it was asked for.
     pub exactly: BTreeMap<PciAddress, u16>,
     pub shared: BTreeSet<PciAddress>,
+    /// The subsystems of NVMe PFs.
+    pub nvme: BTreeMap<PciAddress, nvme::Card>,
+    /// VFs that guests have.
+    pub guests: BTreeSet<PciAddress>,
     pub writes: Vec<Write>,
     pub violations: Vec<String>,
 }
@@ -110,6 +119,8 @@ pub(super) struct State {
 impl State {
     pub fn add(&mut self, facts: PfFacts) {
         let (address, count) = (facts.address, facts.num_vfs);
+        self.nvme
+            .extend(nvme::Card::of(&facts).map(|card| (address, card)));
         let pf = Pf {
             facts: PfFacts {
                 num_vfs: 0,
@@ -124,6 +135,16 @@ impl State {
         if count > 0 {
             self.resize(address, count);
         }
+    }
+
+    /// The PF's facts as they are now.
+    pub fn facts(&self, pf: &Pf) -> PfFacts {
+        let mut facts = pf.facts.clone();
+        let card = self.nvme.get(&facts.address);
+        if let Some(words) = card.and_then(nvme::Card::in_use) {
+            facts.in_use_by_host.get_or_insert(words);
+        }
+        facts
     }
 
     pub fn take_failure(&mut self, call: &str) -> Option<i32> {
@@ -252,6 +273,9 @@ impl State {
         let made = (0..count).filter_map(|index| new_vf(&known.facts, index, shared));
         known.vfs = made.collect();
         known.facts.num_vfs = count;
+        if let Some(card) = self.nvme.get_mut(&pf) {
+            card.resized(count);
+        }
         if shared {
             // The port above, the PF and all its VFs.
             let mut members: Vec<PciAddress> = PORT.into_iter().chain([pf]).collect();
@@ -270,6 +294,13 @@ impl State {
         if let Some(group) = group.filter(|group| self.held.contains_key(group)) {
             self.violations
                 .push(format!("{what} of {vf} while group {group} was open"));
+        }
+    }
+
+    /// Remembers a command that takes something from a VF that a guest has.
+    pub fn note_guest(&mut self, vf: PciAddress, what: &str) {
+        if self.guests.contains(&vf) {
+            self.violations.push(format!("{what}, which a guest has"));
         }
     }
 
@@ -302,10 +333,14 @@ impl State {
     pub fn reboot(&mut self) {
         self.boots += 1;
         self.held.clear();
+        self.guests.clear();
         for pf in self.pfs.values_mut() {
             pf.vfs.clear();
             pf.facts.up = false;
             pf.facts.num_vfs = 0;
+        }
+        for card in self.nvme.values_mut() {
+            card.resized(0);
         }
     }
 }

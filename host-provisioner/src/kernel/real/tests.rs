@@ -3,6 +3,7 @@
 mod emulated;
 mod modules;
 mod network;
+mod nvme;
 
 use std::time::Duration;
 
@@ -270,6 +271,7 @@ fn trust_comes_after_what_it_might_loosen_and_the_rate_last() {
         trust: true,
         link_state: LinkState::Disable,
         rate: TxRate { min: 10, max: 500 },
+        ..VfConfig::CLEAN
     };
     kernel.set_vf_config(&facts, 0, &want).unwrap();
     assert_eq!(kernel.vf_config(&facts, 0).unwrap(), want);

@@ -152,5 +152,6 @@ pub fn wanted_config(granted: &GrantedNetwork) -> Result<VfConfig, MacError> {
             min: granted.min_tx_rate_mbps.unwrap_or(0),
             max: granted.max_tx_rate_mbps.unwrap_or(0),
         },
+        ..VfConfig::CLEAN
     })
 }

@@ -381,6 +381,7 @@ fn granted_settings_become_the_kernels() {
         trust: true,
         link_state: LinkState::Disable,
         rate: TxRate { min: 0, max: 500 },
+        ..VfConfig::CLEAN
     };
     assert_eq!(config, expected);
     let service = GrantedNetwork {

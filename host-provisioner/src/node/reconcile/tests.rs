@@ -136,7 +136,7 @@ async fn a_claim_that_names_another_ones_vf_lets_go_of_it_and_gets_its_own() {
     let touched = since.iter().any(|w| match w {
         Write::VfSetting { vf: at, .. } => *at == vf.address,
         Write::Bind(at) | Write::Unbind(at) | Write::Reset(at) => *at == vf.address,
-        Write::NumVfs { .. } | Write::LinkUp(_) => false,
+        Write::NumVfs { .. } | Write::LinkUp(_) | Write::Nvme { .. } => false,
     });
     assert!(!touched, "{since:?}");
     let still = stage.now(&first).await.status.unwrap().device.unwrap();

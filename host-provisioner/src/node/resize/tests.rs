@@ -250,7 +250,7 @@ async fn no_number_is_written_while_a_claim_has_a_vf_whatever_comes_at_once() {
             Write::Bind(vf) => assert!(bound.insert(vf)),
             Write::Unbind(vf) => assert!(bound.remove(&vf)),
             Write::NumVfs { count, .. } => assert!(bound.is_empty(), "{count}: {bound:?}"),
-            Write::VfSetting { .. } | Write::LinkUp(_) | Write::Reset(_) => {}
+            Write::VfSetting { .. } | Write::LinkUp(_) | Write::Reset(_) | Write::Nvme { .. } => {}
         }
     }
     assert_eq!(stage.taken(), 0);

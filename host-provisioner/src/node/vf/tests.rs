@@ -4,8 +4,8 @@
 use common::api::DeviceStatus;
 
 use super::*;
-use crate::kernel::fake::{FakeKernel, Write, igb_pf};
-use crate::kernel::{MacAddr, TxRate, VlanTag};
+use crate::kernel::fake::{FakeKernel, Write, igb_pf, nvme_pf};
+use crate::kernel::{MacAddr, Storage, TxRate, VlanTag};
 
 const MAC: MacAddr = MacAddr([2, 0x5f, 0, 0, 0, 1]);
 
@@ -318,4 +318,44 @@ fn granted_anew_only_what_differs_is_written() {
         ]
     );
     assert_eq!(kernel.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_namespace_goes_up_and_comes_back_empty() {
+    let pf = nvme_pf("0000:04:00.0".parse().unwrap());
+    let kernel = FakeKernel::new([pf.clone()]);
+    kernel.give_namespaces(pf.address, [1, 2]);
+    create(&kernel, &pf, 4).unwrap();
+    let want = VfConfig::of_storage(Storage::Namespace(2));
+    let before = look(&kernel, &pf, 2, &want).unwrap();
+    assert!(before.clean && !before.configured);
+    prepare(&kernel, &pf, &device(2), &want).unwrap();
+    let up = look(&kernel, &pf, 2, &want).unwrap();
+    assert_eq!(
+        (up.vf, up.configured, up.clean),
+        (Vf::VfioFree, true, false)
+    );
+    assert_eq!(drift(&kernel, &pf, 2, &want).unwrap(), None);
+    kernel.write_namespace(pf.address, 2, 100, b"a guest's");
+    // Somebody resets the card: what can be is repaired, with the data as they were.
+    kernel.reset_controller(pf.address);
+    let drifted = drift(&kernel, &pf, 2, &want).unwrap().unwrap();
+    assert_eq!(
+        drifted.to_string(),
+        "its namespace was not as granted: the kernel had a controller that is offline"
+    );
+    repair(&kernel, &pf, 2, &want).unwrap();
+    assert_eq!(drift(&kernel, &pf, 2, &want).unwrap(), None);
+    assert_eq!(kernel.namespace(pf.address, 2)[100..109], *b"a guest's");
+    clean(&kernel, &pf, 2).unwrap();
+    let down = look(&kernel, &pf, 2, &want).unwrap();
+    assert!(down.clean && down.vf == Vf::Driverless, "{down:?}");
+    assert!(
+        kernel
+            .namespace(pf.address, 2)
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    resize(&kernel, &pf, 2).unwrap();
+    assert_eq!(kernel.violations(), [""; 0]);
 }

@@ -142,12 +142,18 @@ impl Emulated {
             attributes: Arc::new(self.clone()),
             openings: super::super::vfio::Openings::default(),
             helpers: None,
+            lending: Default::default(),
         }
     }
 
     /// Puts a file below `/sys`.
     pub fn file(&self, path: &str, text: &str) {
         make(&self.sys().join(path), text);
+    }
+
+    /// Puts an empty file below `/dev`.
+    pub fn device_file(&self, name: &str) {
+        make(&self.folder.path().join("dev").join(name), "");
     }
 
     /// The module is loaded, and its driver of the same name has the PF.
