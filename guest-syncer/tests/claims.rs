@@ -67,7 +67,7 @@ async fn a_claim_goes_up_and_its_status_comes_down_and_it_is_released() {
         device: Some(device(2, "0000:03:10.4")),
         guest_device: Some(GuestDevice {
             pci_address: "0000:06:00.0".into(),
-            mac_address: "02:00:00:00:00:01".into(),
+            mac_address: Some("02:00:00:00:00:01".into()),
         }),
         conditions: vec![said("Ready", "True", "Ready", &copy)],
         ..VFClaimStatus::default()

@@ -58,6 +58,7 @@ pub mod reason {
     pub const MODULE_REFUSED: &str = "ModuleRefused";
     pub const NODE_NOT_FOUND: &str = "NodeNotFound";
     pub const NODE_WITHOUT_UUID: &str = "NodeWithoutSystemUUID";
+    pub const NO_FREE_NAMESPACE: &str = "NoFreeNamespace";
     pub const NO_FREE_PORT: &str = "NoFreePCIePort";
     pub const NO_FREE_VF: &str = "NoFreeVF";
     pub const NO_MANAGED_PF: &str = "NoManagedPF";

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField, Placement, ReclaimPolicy, schema};
+use super::{ClassNetwork, ClassStorage, NetworkField, Placement, ReclaimPolicy, schema};
 
 /// The administrator's word on which VMs, classes and how many VFs a guest has.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -107,6 +107,8 @@ pub struct ClassSummary {
     pub description: Option<String>,
     #[serde(default)]
     pub network: ClassNetwork,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<ClassStorage>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub allowed_overrides: Vec<NetworkField>,

@@ -11,6 +11,7 @@ mod network;
 mod physical_function;
 mod schema;
 mod sriov_node;
+mod storage;
 mod vf_claim;
 mod vf_class;
 
@@ -28,6 +29,7 @@ pub use physical_function::{
     withholds,
 };
 pub use sriov_node::{DriverStatus, IommuStatus, SriovNode, SriovNodeSpec, SriovNodeStatus};
+pub use storage::{ClassStorage, GrantedStorage, StorageRequest};
 pub use vf_claim::{
     Admitted, AttachmentStatus, DeviceStatus, GuestDevice, GuestRef, Launcher, Transport, VFClaim,
     VFClaimSpec, VFClaimStatus, VmRef,

@@ -213,6 +213,9 @@ pub struct VfCapabilities {
     /// The least maximum transmit rate that it can limit to, in Mbit/s; absent: it limits none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tx_rate_from_mbps: Option<u32>,
+    /// NVMe namespaces, and no network interface.
+    #[serde(default)]
+    pub namespaces: bool,
 }
 
 /// A change of the number of VFs. Recorded before the kernel is written, since

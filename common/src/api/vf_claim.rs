@@ -5,12 +5,15 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{GrantedNetwork, NetworkRequest, PfSelector, Placement, ReclaimPolicy, schema};
+use super::{
+    GrantedNetwork, GrantedStorage, NetworkRequest, PfSelector, Placement, ReclaimPolicy,
+    StorageRequest, schema,
+};
 
 /// A request for one SR-IOV virtual function in a running VM.
 ///
-/// A tenant writes `className`, `nodeName` and `network`. `guest` and `vmIP`
-/// are on host copies only, written by the guest-syncer.
+/// A tenant writes `className`, `nodeName` and `network` or `storage`. `guest`
+/// and `vmIP` are on host copies only, written by the guest-syncer.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "sriov.harvesterhci.io",
@@ -39,6 +42,8 @@ use super::{GrantedNetwork, NetworkRequest, PfSelector, Placement, ReclaimPolicy
     validation = Rule::new("has(self.guest) || !has(self.vmIP)").message("vmIP belongs to host copies, beside guest"),
     validation = Rule::new("has(self.className) == has(oldSelf.className) && (!has(self.className) || self.className == oldSelf.className)").message("className is immutable; delete the claim and make another"),
     validation = Rule::new("has(self.nodeName) == has(oldSelf.nodeName) && (!has(self.nodeName) || self.nodeName == oldSelf.nodeName)").message("nodeName is immutable; delete the claim and make another"),
+    validation = Rule::new("!has(self.storage) || !has(self.network)").message("network and storage do not mix: a VF is a network interface or an NVMe controller"),
+    validation = Rule::new("has(self.storage) == has(oldSelf.storage) && (!has(self.storage) || self.storage == oldSelf.storage)").message("storage is immutable; delete the claim and make another"),
     validation = Rule::new("has(self.guest) == has(oldSelf.guest) && (!has(self.guest) || self.guest == oldSelf.guest)").message("guest is immutable")
 )]
 #[serde(rename_all = "camelCase")]
@@ -64,6 +69,10 @@ pub struct VFClaimSpec {
     pub vm_ip: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRequest>,
+    /// Which of its class's NVMe namespaces the claim gets. Left out with such a
+    /// class: a free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageRequest>,
 }
 
 /// The guest's side of a host copy; immutable.
@@ -106,7 +115,7 @@ pub struct GuestRef {
 /// Where a claim stands. One writer per field: see `docs/architecture.md`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[x_kube(
-    validation = Rule::new("!has(oldSelf.device) || !has(self.device) || (self.device.nodeName == oldSelf.device.nodeName && self.device.physicalFunction == oldSelf.device.physicalFunction && self.device.vfIndex == oldSelf.device.vfIndex && (!has(oldSelf.device.pciAddress) || (has(self.device.pciAddress) && self.device.pciAddress == oldSelf.device.pciAddress)))").message("device is set once until it is cleared"),
+    validation = Rule::new("!has(oldSelf.device) || !has(self.device) || (self.device.nodeName == oldSelf.device.nodeName && self.device.physicalFunction == oldSelf.device.physicalFunction && self.device.vfIndex == oldSelf.device.vfIndex && (!has(oldSelf.device.pciAddress) || (has(self.device.pciAddress) && self.device.pciAddress == oldSelf.device.pciAddress)) && has(self.device.namespaceID) == has(oldSelf.device.namespaceID) && (!has(self.device.namespaceID) || self.device.namespaceID == oldSelf.device.namespaceID))").message("device is set once until it is cleared"),
     validation = Rule::new("!has(self.device) || has(self.hostNode)").message("a device needs a hostNode"),
     validation = Rule::new("!has(self.attachment) || has(self.device)").message("an attachment needs a device")
 )]
@@ -140,7 +149,10 @@ pub struct VFClaimStatus {
 }
 
 /// What the controller granted.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("has(self.network) != has(self.storage)").message("a grant is of a network interface or of storage")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Admitted {
     /// `metadata.generation` of the spec that was granted.
@@ -163,7 +175,12 @@ pub struct Admitted {
     /// The class's, as it stood. A grant of an earlier version does not say it: Pack.
     #[serde(default)]
     pub placement: Placement,
-    pub network: GrantedNetwork,
+    /// Of a VF that is a network interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<GrantedNetwork>,
+    /// Of a VF that is an NVMe controller.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<GrantedStorage>,
 }
 
 /// A `VirtualMachineInstance`.
@@ -194,7 +211,7 @@ pub struct Launcher {
     pub pod_uid: String,
 }
 
-/// A VF. The first three fields choose it; the rest is known once it exists.
+/// A VF. The first four fields choose it; the rest is known once it exists.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceStatus {
@@ -205,6 +222,13 @@ pub struct DeviceStatus {
     pub physical_function: String,
     /// Index as in the kernel's `virtfn<index>`.
     pub vf_index: u16,
+    /// The NVMe namespace that the VF's controller gets, of all that were granted.
+    #[serde(
+        default,
+        rename = "namespaceID",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub namespace_id: Option<u32>,
     /// PCI address on the host node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 12))]
@@ -263,6 +287,8 @@ pub struct GuestDevice {
     /// PCI address inside the guest.
     #[schemars(length(max = 12))]
     pub pci_address: String,
+    /// Absent for a VF that is no network interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 17))]
-    pub mac_address: String,
+    pub mac_address: Option<String>,
 }

@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassNetwork, NetworkField, WithheldReason, schema};
+use super::{ClassNetwork, ClassStorage, NetworkField, WithheldReason, schema};
 
 /// A kind of VF that tenants can ask for. On the host it decides; its copies in
 /// guest clusters carry no selector and are for information.
@@ -38,6 +38,9 @@ use super::{ClassNetwork, NetworkField, WithheldReason, schema};
         json_path = ".metadata.creationTimestamp"
     )
 )]
+#[x_kube(
+    validation = Rule::new("!has(self.storage) || !has(self.network) || !(has(self.network.vlan) || has(self.network.spoofCheck) || has(self.network.trust) || has(self.network.linkState) || has(self.network.minTxRateMbps) || has(self.network.maxTxRateMbps))").message("network and storage do not mix: a class hands out network interfaces or NVMe namespaces")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct VFClassSpec {
     /// For the people who choose among classes.
@@ -50,6 +53,10 @@ pub struct VFClassSpec {
     /// Defaults of the VF's network settings.
     #[serde(default)]
     pub network: ClassNetwork,
+    /// The NVMe namespaces to hand out, where the class is for storage. Its
+    /// claims have no network settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<ClassStorage>,
     /// The network settings that a claim may choose; asking for another is
     /// refused. A tenant must not grant itself trust, so the default is MacAddress alone.
     #[serde(default = "default_overrides")]

@@ -65,6 +65,26 @@ async fn claim_specs() {
         create_refused(&api, "VFClaim", with(base, &[(path, value)]), says).await;
     }
 
+    let storage = with(&tenant, &[("storage", json!({"namespaceID": 1}))]);
+    create_accepted(&api, "VFClaim", storage.clone()).await;
+    let no_mix = "network and storage do not mix";
+    for (path, value, says) in [
+        ("network", json!({}), no_mix),
+        ("storage.namespaceID", json!(null), "Required value"),
+        (
+            "storage.namespaceID",
+            json!(0),
+            "greater than or equal to 1",
+        ),
+        (
+            "storage.namespaceID",
+            json!(4_294_967_295_u32),
+            "less than or equal to 4294967294",
+        ),
+    ] {
+        create_refused(&api, "VFClaim", with(&storage, &[(path, value)]), says).await;
+    }
+
     let network = with(
         &tenant,
         &[(
@@ -149,6 +169,11 @@ async fn claim_targets_and_classes_do_not_change() {
         ("tenant", json!({"className": null}), class),
         ("bare", json!({"className": "gold"}), class),
         (
+            "bare",
+            json!({"storage": {"namespaceID": 1}}),
+            "storage is immutable",
+        ),
+        (
             "tenant",
             json!({"nodeName": "other"}),
             "nodeName is immutable",
@@ -229,6 +254,7 @@ async fn claim_status_keeps_its_order() {
         ("nodeName", json!("h2")),
         ("physicalFunction", json!("other")),
         ("vfIndex", json!(4)),
+        ("namespaceID", json!(1)),
     ] {
         let patch = json!({"device": {path: value}});
         refused(path, status(&api, &patch).await, once);
@@ -270,6 +296,39 @@ async fn claim_status_keeps_its_order() {
         .await
         .unwrap();
     status(&api, &json!({"hostNode": "h2"})).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_grant_is_of_one_kind_and_a_namespace_is_recorded_once() {
+    let server = server().await;
+    let api = claims(&server);
+    create(&api, "VFClaim", "c", &host_claim()).await;
+    let admitted = |kind: &Value| {
+        let mut granted = json!({"observedGeneration": 1, "className": "c", "classUID": "u"});
+        let fields = granted.as_object_mut().unwrap();
+        fields.extend(kind.as_object().unwrap().clone());
+        json!({ "admitted": granted })
+    };
+    let network = json!({"network": {"macAddress": "02:00:00:00:00:01", "spoofCheck": true,
+        "trust": false}});
+    let storage = json!({"storage": {"namespaces": [1, 2]}});
+    let mut both = network.clone();
+    both["storage"] = storage["storage"].clone();
+    let kind = "a grant is of a network interface or of storage";
+    for wrong in [&json!({}), &both] {
+        refused("kind", status(&api, &admitted(wrong)).await, kind);
+    }
+    status(&api, &admitted(&storage)).await.unwrap();
+    status(&api, &json!({"hostNode": "h1"})).await.unwrap();
+    let mut device = device();
+    device["namespaceID"] = json!(2);
+    status(&api, &json!({ "device": device })).await.unwrap();
+    for other in [json!(1), json!(null)] {
+        let patch = json!({"device": {"namespaceID": other}});
+        let once = "device is set once until it is cleared";
+        refused("namespaceID", status(&api, &patch).await, once);
+    }
+    server.stop().await.unwrap();
 }
 
 #[tokio::test]

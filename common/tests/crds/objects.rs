@@ -31,6 +31,32 @@ async fn classes_have_defaults_and_bounds() {
         "network": {"linkState": "Enable", "minTxRateMbps": 1, "maxTxRateMbps": 1_000_000},
     });
     create_accepted(&api, "VFClass", open).await;
+    let disks = json!({"storage": {"namespaces": [1, 2]}});
+    create_accepted(&api, "VFClass", disks.clone()).await;
+    let no_mix = "network and storage do not mix";
+    for (path, value, says) in [
+        ("network", json!({"vlan": {"id": 5}}), no_mix),
+        ("network", json!({"spoofCheck": true}), no_mix),
+        ("network", json!({"trust": false}), no_mix),
+        ("network", json!({"linkState": "Auto"}), no_mix),
+        ("network", json!({"minTxRateMbps": 1}), no_mix),
+        ("network", json!({"maxTxRateMbps": 1}), no_mix),
+        ("storage.namespaces", json!(null), "Required value"),
+        ("storage.namespaces", json!([]), "at least 1 items"),
+        (
+            "storage.namespaces",
+            json!([0]),
+            "greater than or equal to 1",
+        ),
+        ("storage.namespaces", json!([1, 1]), "Duplicate value"),
+        (
+            "storage.namespaces",
+            json!((1..=65).collect::<Vec<u32>>()),
+            "at most 64 items",
+        ),
+    ] {
+        create_refused(&api, "VFClass", with(&disks, &[(path, value)]), says).await;
+    }
     for (path, value, says) in [
         ("numVFs", json!(0), "greater than or equal to 1"),
         ("numVFs", json!(65536), "less than or equal to 65535"),

@@ -175,7 +175,14 @@ fn decided(claim: &VFClaim, after: &VFClaim, known: &Known<'_>) {
         ),
     }
     let asked = claim.spec.network.clone().unwrap_or_default();
-    let network = &granted.network;
+    assert!(
+        granted.network.is_some() != granted.storage.is_some(),
+        "a grant is of one kind"
+    );
+    let Some(network) = &granted.network else {
+        assert_eq!(claim.spec.network, None, "network settings of storage");
+        return;
+    };
     if asked.mac_address.is_some() {
         let mac: MacAddr = network
             .mac_address

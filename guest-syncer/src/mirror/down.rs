@@ -215,6 +215,7 @@ pub fn writes(old: Option<&VFClaimStatus>, wanted: VFClaimStatus) -> Vec<VFClaim
                 next.node_name == device.node_name
                     && next.physical_function == device.physical_function
                     && next.vf_index == device.vf_index
+                    && next.namespace_id == device.namespace_id
                     && (device.pci_address.is_none() || next.pci_address == device.pci_address)
             });
         (!follows).then(|| VFClaimStatus {

@@ -59,6 +59,7 @@ fn device(index: u16, address: Option<&str>) -> DeviceStatus {
         node_name: "h1".into(),
         physical_function: "h1-0a".into(),
         vf_index: index,
+        namespace_id: None,
         pci_address: address.map(Into::into),
         vendor_id: None,
         device_id: None,
@@ -212,7 +213,7 @@ fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
             num_vfs: Some(4),
             reclaim_policy: ReclaimPolicy::Retain,
             placement: Default::default(),
-            network: GrantedNetwork {
+            network: Some(GrantedNetwork {
                 mac_address: "02:00:00:00:00:01".into(),
                 vlan: None,
                 spoof_check: true,
@@ -220,12 +221,13 @@ fn the_tenant_sees_its_vf_and_not_the_hosts_inside() {
                 link_state: LinkState::Auto,
                 min_tx_rate_mbps: None,
                 max_tx_rate_mbps: None,
-            },
+            }),
+            storage: None,
         }),
         device: Some(device(1, Some("0000:03:10.2"))),
         guest_device: Some(GuestDevice {
             pci_address: "0000:06:00.0".into(),
-            mac_address: "02:00:00:00:00:01".into(),
+            mac_address: Some("02:00:00:00:00:01".into()),
         }),
         ..VFClaimStatus::default()
     });

@@ -139,6 +139,7 @@ pub fn desired_copy(claim: &VFClaim, node: &NodeIdentity, guest: &GuestId) -> VF
             }),
             vm_ip: node.internal_ip.clone(),
             network: claim.spec.network.clone(),
+            storage: claim.spec.storage.clone(),
         },
     );
     copy.metadata.namespace = Some(guest.claim_namespace.clone());

@@ -2,8 +2,8 @@
 //! a claim may choose. Pure; the answer is a value or a refusal with a sentence.
 
 use common::api::{
-    Admitted, ClassNetwork, DEFAULT_CLASS_ANNOTATION, GrantedNetwork, GuestCluster, NetworkField,
-    NetworkRequest, PhysicalFunction, VFClaim, VFClass, Vlan, reason,
+    Admitted, ClassNetwork, ClassStorage, DEFAULT_CLASS_ANNOTATION, GrantedNetwork, GrantedStorage,
+    GuestCluster, NetworkField, NetworkRequest, PhysicalFunction, VFClaim, VFClass, Vlan, reason,
 };
 use kube::ResourceExt as _;
 use sha2::{Digest as _, Sha256};
@@ -91,14 +91,10 @@ fn first_grant(ask: &Ask<'_>, generation: i64) -> Result<Admitted, Refusal> {
             ),
         ));
     }
-    let wish = ask.claim.spec.network.clone().unwrap_or_default();
-    let network = Policy {
-        class: &class.name_any(),
-        allowed: &class.spec.allowed_overrides,
-        current: defaults(&class.spec.network, ask.guest_uid),
-        fallback: None,
-    }
-    .grant(&wish)?;
+    let (network, storage) = match &class.spec.storage {
+        Some(of) => (None, Some(grant_storage(ask, &class.name_any(), of)?)),
+        None => (Some(first_network(ask, class)?), None),
+    };
     Ok(Admitted {
         observed_generation: generation,
         class_name: class.name_any(),
@@ -108,7 +104,68 @@ fn first_grant(ask: &Ask<'_>, generation: i64) -> Result<Admitted, Refusal> {
         reclaim_policy: class.spec.reclaim_policy,
         placement: class.spec.placement,
         network,
+        storage,
     })
+}
+
+fn first_network(ask: &Ask<'_>, class: &VFClass) -> Result<GrantedNetwork, Refusal> {
+    let name = class.name_any();
+    if ask.claim.spec.storage.is_some() {
+        return Err(Refusal::new(
+            reason::OVERRIDE_NOT_ALLOWED,
+            format!(
+                "VFClass {name} hands out network interfaces and no namespaces; make the claim \
+                 again without storage, or with a class for it"
+            ),
+        ));
+    }
+    let wish = ask.claim.spec.network.clone().unwrap_or_default();
+    Policy {
+        class: &name,
+        allowed: &class.spec.allowed_overrides,
+        current: defaults(&class.spec.network, ask.guest_uid),
+        fallback: None,
+    }
+    .grant(&wish)
+}
+
+/// The namespaces of the class that the claim may have: all, or the one that it names. Whether
+/// another claim has one its node knows.
+fn grant_storage(ask: &Ask<'_>, class: &str, of: &ClassStorage) -> Result<GrantedStorage, Refusal> {
+    no_network(ask, class)?;
+    let Some(wish) = &ask.claim.spec.storage else {
+        return Ok(GrantedStorage {
+            namespaces: of.namespaces.clone(),
+        });
+    };
+    if of.namespaces.contains(&wish.namespace_id) {
+        return Ok(GrantedStorage {
+            namespaces: vec![wish.namespace_id],
+        });
+    }
+    let all: Vec<String> = of.namespaces.iter().map(u32::to_string).collect();
+    Err(Refusal::new(
+        reason::OVERRIDE_NOT_ALLOWED,
+        format!(
+            "VFClass {class} does not hand out namespace {}; make the claim again with one of {}, \
+             or without storage to get a free one",
+            wish.namespace_id,
+            all.join(", ")
+        ),
+    ))
+}
+
+fn no_network(ask: &Ask<'_>, class: &str) -> Result<(), Refusal> {
+    if ask.claim.spec.network.is_none() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        reason::OVERRIDE_NOT_ALLOWED,
+        format!(
+            "VFClass {class} hands out NVMe namespaces, which have no network settings; leave \
+             network out, or ask for another class"
+        ),
+    ))
 }
 
 fn choose_class<'a>(ask: &Ask<'a>) -> Result<&'a VFClass, Refusal> {
@@ -148,6 +205,14 @@ fn choose_class<'a>(ask: &Ask<'a>) -> Result<&'a VFClass, Refusal> {
 /// today reach only the settings that a claim may choose anyway, because what
 /// it chose before is not recorded.
 fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitted, Refusal> {
+    let Some(before) = &granted.network else {
+        // What it asks for of storage does not change.
+        no_network(ask, &granted.class_name)?;
+        return Ok(Admitted {
+            observed_generation: generation,
+            ..granted.clone()
+        });
+    };
     let wish = ask.claim.spec.network.clone().unwrap_or_default();
     let class = ask
         .classes
@@ -157,10 +222,10 @@ fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitte
         class: &granted.class_name,
         allowed: class.map_or(&[], |c| &c.spec.allowed_overrides),
         current: class.map_or_else(
-            || granted.network.clone(),
+            || before.clone(),
             |c| defaults(&c.spec.network, ask.guest_uid),
         ),
-        fallback: Some(&granted.network),
+        fallback: Some(before),
     };
     let network = policy.grant(&wish)?;
     let has_device = ask
@@ -168,13 +233,13 @@ fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitte
         .status
         .as_ref()
         .is_some_and(|s| s.device.is_some());
-    if has_device && network.mac_address != granted.network.mac_address {
+    if has_device && network.mac_address != before.mac_address {
         return Err(Refusal::new(
             reason::OVERRIDE_NOT_ALLOWED,
             format!(
                 "the MAC address stays {} while the VF is in use, because guest drivers take \
                  another one only when they are loaded again; delete the claim and make another",
-                granted.network.mac_address
+                before.mac_address
             ),
         ));
     }
@@ -183,7 +248,7 @@ fn regrant(ask: &Ask<'_>, granted: &Admitted, generation: i64) -> Result<Admitte
     }
     Ok(Admitted {
         observed_generation: generation,
-        network,
+        network: Some(network),
         ..granted.clone()
     })
 }

@@ -104,15 +104,16 @@ fn a_claim_gets_the_class_it_names_and_its_defaults() {
     .unwrap();
     assert_eq!(granted.class_uid, "uid-gold");
     assert_eq!(granted.observed_generation, 1);
+    let network = granted.network.unwrap();
     assert_eq!(
-        granted.network.vlan,
+        network.vlan,
         Some(Vlan {
             id: 7,
             ..Vlan::default()
         })
     );
-    assert!(granted.network.spoof_check && !granted.network.trust);
-    assert_eq!(granted.network.mac_address, derived_mac("guest-uid"));
+    assert!(network.spoof_check && !network.trust);
+    assert_eq!(network.mac_address, derived_mac("guest-uid"));
 }
 
 #[test]
@@ -229,7 +230,7 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
             reason_of(ask(&asked, &blue, &[&strict], 0)),
             reason::OVERRIDE_NOT_ALLOWED
         );
-        let network = ask(&asked, &blue, &[&lenient], 0).unwrap().network;
+        let network = ask(&asked, &blue, &[&lenient], 0).unwrap().network.unwrap();
         match field {
             Trust => assert!(network.trust),
             Tag => {
@@ -263,7 +264,8 @@ fn a_tenant_chooses_only_what_the_class_lets_it() {
             &[&class("gold", &[])],
             0,
         );
-        let as_given = asked.map(|a| a.network.vlan == class("gold", &[]).spec.network.vlan);
+        let as_given =
+            asked.map(|a| a.network.unwrap().vlan == class("gold", &[]).spec.network.vlan);
         assert_eq!(as_given.unwrap_or(false), same, "{qos:?} {protocol:?}");
     }
 }
@@ -305,7 +307,7 @@ fn a_claims_rate_must_fit_the_other_one_of_its_class() {
             0,
         )
     };
-    let network = asked(100).unwrap().network;
+    let network = asked(100).unwrap().network.unwrap();
     assert_eq!(
         (network.min_tx_rate_mbps, network.max_tx_rate_mbps),
         (Some(100), Some(100))
@@ -392,7 +394,7 @@ fn a_changed_network_is_granted_but_a_mac_in_use_stays() {
         ..wish()
     });
     let granted = ask(&claim, &blue, &[&gold], 0).unwrap();
-    assert_eq!(granted.network.vlan.unwrap().id, 9);
+    assert_eq!(granted.network.unwrap().vlan.unwrap().id, 9);
     claim.spec.network = Some(NetworkRequest {
         mac_address: Some("02:00:00:00:00:01".into()),
         ..wish()
@@ -471,7 +473,7 @@ fn a_vf_in_use_is_not_changed_to_what_its_driver_cannot_do() {
         give_device(&mut claim);
         let asked = ask_of(&claim, &blue, &[&gold], 0, Some(&known));
         match cannot {
-            None => assert_eq!(asked.unwrap().network.max_tx_rate_mbps, Some(500)),
+            None => assert_eq!(asked.unwrap().network.unwrap().max_tx_rate_mbps, Some(500)),
             Some(words) => {
                 let refused = asked.unwrap_err();
                 assert_eq!(refused.reason, reason::UNSUPPORTED_SETTING);
@@ -517,7 +519,10 @@ proptest! {
         };
         let asked = ask(&claim(Some("gold"), request), &cluster(&["gold"]), &[&gold], 0);
         if let Ok(granted) = asked {
-            prop_assert_eq!(granted.network, defaults(&gold.spec.network, "guest-uid"));
+            prop_assert_eq!(granted.network, Some(defaults(&gold.spec.network, "guest-uid")));
         }
     }
 }
+
+#[path = "admit_storage_tests.rs"]
+mod storage;

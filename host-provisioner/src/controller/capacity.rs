@@ -101,19 +101,34 @@ fn traits(status: &PhysicalFunctionStatus) -> Traits<'_> {
 /// Whether a claim that asks for nothing gets a VF of it: what its driver lacks of the class's
 /// defaults makes it none of this class's.
 fn can_do(class: &VFClassSpec, status: &PhysicalFunctionStatus) -> bool {
-    let driver = status.driver.as_deref().unwrap_or_default();
-    match (
-        &status.capabilities,
-        wanted_config(&defaults(&class.network, "")),
-    ) {
-        (Some(can), Ok(want)) => supports(driver, can, &want).is_ok(),
-        _ => false,
+    let Some(can) = &status.capabilities else {
+        return false;
+    };
+    if class.storage.is_some() || can.namespaces {
+        return class.storage.is_some() && can.namespaces;
     }
+    let driver = status.driver.as_deref().unwrap_or_default();
+    let want = wanted_config(&defaults(&class.network, ""));
+    want.is_ok_and(|want| supports(driver, can, &want).is_ok())
 }
 
-/// VFs of the PF that a claim of the class could get: the free ones; where it has none, those
-/// that it would be given and that are promised to nobody.
+/// VFs of the PF that a claim of the class could get. Of a class of NVMe namespaces no more than
+/// it has namespaces beside those that somebody may have: each claim of the PF has one, which
+/// need not be of this class, so it may be some more in truth.
 fn left(pf: &PhysicalFunction, status: &PhysicalFunctionStatus, class: &VFClassSpec) -> u16 {
+    let vfs = vfs_left(pf, status, class);
+    let Some(storage) = &class.storage else {
+        return vfs;
+    };
+    let all = u16::try_from(storage.namespaces.len()).unwrap_or(u16::MAX);
+    let counts = &status.counts;
+    let had = counts.allocated.saturating_add(counts.attached);
+    vfs.min(all.saturating_sub(had))
+}
+
+/// The free ones; where it has none, those that it would be given and that are promised to
+/// nobody.
+fn vfs_left(pf: &PhysicalFunction, status: &PhysicalFunctionStatus, class: &VFClassSpec) -> u16 {
     if status.num_vfs > 0 {
         return status.counts.free;
     }

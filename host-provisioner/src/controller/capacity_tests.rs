@@ -1,7 +1,6 @@
-use common::api::{ClaimRef, ClassNetwork, Vlan};
 use common::api::{
-    NewCondition, PfSelector, PhysicalFunctionSpec, VfCapabilities, WithheldReason, WithheldVf,
-    set_condition,
+    ClaimRef, ClassNetwork, ClassStorage, NewCondition, PfSelector, PhysicalFunctionSpec,
+    VfCapabilities, Vlan, WithheldReason, WithheldVf, set_condition,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -96,6 +95,34 @@ fn free_vfs_are_added_up_by_node() {
     // A full node is told from one that has nothing for the class.
     assert_eq!(left_of(&any, &pfs), (5, each));
     assert_eq!(left_of(&any, &[]), (0, vec![]));
+}
+
+#[test]
+fn of_namespaces_there_are_no_more_than_the_class_has() {
+    let nvme = |free, attached| {
+        edited(pf("a", 0), |status| {
+            status.driver = Some("nvme".into());
+            status.capabilities = Some(VfCapabilities {
+                namespaces: true,
+                ..VfCapabilities::default()
+            });
+            status.counts = VfCounts {
+                free,
+                attached,
+                ..VfCounts::default()
+            };
+        })
+    };
+    let storage = class(|spec| {
+        let namespaces = vec![1, 2, 3];
+        spec.storage = Some(ClassStorage { namespaces });
+    });
+    assert_eq!(free_of(&storage, nvme(2, 0)), 2, "VFs");
+    assert_eq!(free_of(&storage, nvme(5, 1)), 2, "namespaces");
+    assert_eq!(free_of(&storage, nvme(5, 4)), 0);
+    // A class is of one kind, and so is a PF.
+    assert_eq!(free_of(&class(|_| {}), nvme(5, 0)), 0);
+    assert_eq!(free_of(&storage, pf("a", 3)), 0);
 }
 
 #[test]

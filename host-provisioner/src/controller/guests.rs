@@ -141,6 +141,7 @@ pub fn fields(
             uid: class.uid().unwrap_or_default(),
             description: class.spec.description.clone(),
             network: class.spec.network.clone(),
+            storage: class.spec.storage.clone(),
             allowed_overrides: class.spec.allowed_overrides.clone(),
             reclaim_policy: class.spec.reclaim_policy,
             placement: class.spec.placement,

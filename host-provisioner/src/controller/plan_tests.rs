@@ -119,6 +119,7 @@ fn with_device(mut claim: VFClaim) -> VFClaim {
         node_name: "host1".into(),
         physical_function: "p".into(),
         vf_index: 0,
+        namespace_id: None,
         pci_address: None,
         vendor_id: None,
         device_id: None,

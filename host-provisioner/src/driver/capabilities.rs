@@ -242,6 +242,7 @@ mod tests {
         link_disable: true,
         min_tx_rate: true,
         max_tx_rate_from_mbps: Some(1),
+        namespaces: false,
     };
 
     /// Everything that can be asked for.

@@ -43,6 +43,7 @@ impl VfDriver for Ice {
                 link_disable: true,
                 min_tx_rate: true,
                 max_tx_rate_from_mbps: Some(1),
+                namespaces: false,
             },
         }
     }

@@ -16,6 +16,8 @@ mod nvme;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use common::pci::PciAddress;
 use thiserror::Error;
 
@@ -71,6 +73,18 @@ fn list(errors: &[DriverError]) -> String {
     words.join("; ")
 }
 
+/// Who has a namespace of an NVMe subsystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NamespaceUser {
+    /// The VF of that index.
+    Vf(u16),
+    /// A controller of another number: the host's own, or one without a VF.
+    Controller(u16),
+}
+
+/// The namespaces of a PF by number, each with all who have it.
+pub type Namespaces = BTreeMap<u32, Vec<NamespaceUser>>;
+
 /// A backend: one family of PFs. What is not said here is done as most drivers have it done
 /// (`generic`); a backend is its capabilities and where it departs from that.
 pub trait VfDriver: Send + Sync + 'static {
@@ -113,6 +127,29 @@ pub trait VfDriver: Send + Sync + 'static {
         index: u16,
     ) -> Result<VfConfig, KernelError> {
         kernel.vf_config(pf, index)
+    }
+
+    /// The namespaces that there are to give; none of a network card.
+    ///
+    /// # Errors
+    /// The kernel's, with errno.
+    fn namespaces(&self, _kernel: &dyn Kernel, _pf: &PfFacts) -> Result<Namespaces, KernelError> {
+        Ok(Namespaces::new())
+    }
+
+    /// Erases a namespace of a claim that goes, where its VF's controller has not got it (any
+    /// more), so that [`VfDriver::teardown`] does not. `vf` is the index of that VF.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being erased.
+    fn reclaim(
+        &self,
+        _kernel: &dyn Kernel,
+        _pf: &PfFacts,
+        _vf: u16,
+        _namespace: u32,
+    ) -> Result<(), DriverError> {
+        Ok(())
     }
 
     /// Makes VFs so that at least `count` exist, and takes the PF up. The caller has planned

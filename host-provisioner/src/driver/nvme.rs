@@ -27,7 +27,7 @@ mod tests;
 
 use common::api::VfCapabilities;
 
-use super::{Capabilities, DriverError, Growth, VfDriver};
+use super::{Capabilities, DriverError, Growth, NamespaceUser, Namespaces, VfDriver};
 use crate::kernel::nvme::{Controller, Secondary, Subsystem};
 use crate::kernel::{Kernel, KernelError, PfFacts, Storage, VfConfig, VfFacts};
 use resources::Share;
@@ -111,7 +111,10 @@ impl VfDriver for Nvme {
             growth: Growth::AllAtOnce,
             zero_mac: true,
             storage: true,
-            settings: VfCapabilities::default(),
+            settings: VfCapabilities {
+                namespaces: true,
+                ..VfCapabilities::default()
+            },
         }
     }
 
@@ -138,6 +141,44 @@ impl VfDriver for Nvme {
             },
         };
         Ok(VfConfig::of_storage(storage))
+    }
+
+    fn namespaces(&self, kernel: &dyn Kernel, pf: &PfFacts) -> Result<Namespaces, KernelError> {
+        let of = subsystem(kernel, pf);
+        let secondaries = of.secondaries()?;
+        let vf_of = |id: u16| {
+            let found = secondaries.iter().find(|found| found.id == id)?;
+            found.vf.checked_sub(1)
+        };
+        let user = |id| vf_of(id).map_or(NamespaceUser::Controller(id), NamespaceUser::Vf);
+        let all = of.namespaces()?.into_iter();
+        all.map(|nsid| Ok((nsid, of.attached(nsid)?.into_iter().map(user).collect())))
+            .collect()
+    }
+
+    fn reclaim(
+        &self,
+        kernel: &dyn Kernel,
+        pf: &PfFacts,
+        vf: u16,
+        namespace: u32,
+    ) -> Result<(), DriverError> {
+        let of = subsystem(kernel, pf);
+        if !of.namespaces()?.contains(&namespace) {
+            // It was deleted, and its blocks are nobody's.
+            return Ok(());
+        }
+        let own = must_have(of, vf)?;
+        let mut errors = Vec::new();
+        erase::take_back(of, namespace, own.id, &of.attached(namespace)?, &mut errors);
+        match errors.pop() {
+            None => Ok(()),
+            Some(error) if errors.is_empty() => Err(error),
+            Some(last) => {
+                errors.push(last);
+                Err(amiss(of, super::list(&errors)))
+            }
+        }
     }
 
     fn create(&self, kernel: &dyn Kernel, pf: &PfFacts, count: u16) -> Result<(), DriverError> {

@@ -7,6 +7,7 @@ use common::api::{DeviceStatus, VFClaim, reason};
 use common::kube::status;
 use common::pci::PciAddress;
 use k8s_openapi::api::core::v1::Node;
+use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _};
 use serde_json::json;
 
@@ -19,6 +20,7 @@ use super::near;
 use super::plan::Wait;
 use super::pool::{Choice, GroupProbe, Holder, PfInput, PfView, Wish, choose, groups_to_probe};
 use super::vf::{self, VfError};
+use crate::driver::{Namespaces, driver_for};
 use crate::hypervisor::launcher::QemuProcess;
 use crate::kernel::{HoldError, Kernel, MacAddr, PfFacts, Stuck, VfFacts};
 use crate::points::{Point, reach};
@@ -32,6 +34,8 @@ pub struct PfSnapshot {
     pub vfs: Vec<VfFacts>,
     pub probes: BTreeMap<u32, GroupProbe>,
     pub macs: BTreeMap<u16, MacAddr>,
+    /// Of an NVMe subsystem.
+    pub namespaces: Namespaces,
     /// Functions of the node about which a write has not come back.
     pub stuck: BTreeMap<PciAddress, Stuck>,
 }
@@ -47,7 +51,12 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
             .map(|name| (name.to_owned(), Holder::all(&ledger, name)))
             .collect()
     };
+    let objects = agent.functions.clone();
     vf::blocking(&agent.kernel, move |kernel| {
+        let managed = |name: &str| {
+            let object = objects.get(&ObjectRef::new(name));
+            object.is_some_and(|object| object.spec.managed)
+        };
         let found = inventory::inventory(&node, &kernel.physical_functions()?);
         let stuck = kernel.stuck()?;
         let snapshots = found
@@ -55,12 +64,32 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
             .into_iter()
             .map(|(name, facts)| {
                 let held = known.get(&name).map(Vec::as_slice).unwrap_or_default();
-                one(kernel, name, facts, held, &stuck)
+                let namespaces = if managed(&name) {
+                    namespaces(kernel, &facts)
+                } else {
+                    // Its controller is asked nothing.
+                    Namespaces::new()
+                };
+                let one = one(kernel, name, facts, held, &stuck)?;
+                Ok::<_, VfError>(PfSnapshot { namespaces, ..one })
             })
             .collect::<Result<_, _>>()?;
         Ok((snapshots, found.left_out))
     })
     .await
+}
+
+/// The PF's namespaces; none where its controller does not say, so that nobody gets one: it must
+/// not keep VFs of other PFs from their claims.
+fn namespaces(kernel: &dyn Kernel, pf: &PfFacts) -> Namespaces {
+    let found = driver_for(pf).map(|driver| driver.namespaces(kernel, pf));
+    found
+        .transpose()
+        .unwrap_or_else(|error| {
+            tracing::warn!(pf = %pf.address, %error, "its namespaces are not known");
+            None
+        })
+        .unwrap_or_default()
 }
 
 fn one(
@@ -90,6 +119,7 @@ fn one(
         }
     }
     Ok(PfSnapshot {
+        namespaces: Namespaces::new(),
         name,
         facts,
         vfs,
@@ -119,6 +149,7 @@ pub fn views(agent: &Agent, ledger: &Ledger, snapshots: &[PfSnapshot]) -> Vec<Pf
                 holders: Holder::all(ledger, &snapshot.name),
                 probes: snapshot.probes.clone(),
                 macs: snapshot.macs.clone(),
+                namespaces: snapshot.namespaces.clone(),
                 stuck: snapshot.stuck.clone(),
             })
         })
@@ -190,6 +221,7 @@ pub async fn allocate(
         node_name: agent.node_name.clone(),
         physical_function: choice.physical_function,
         vf_index: choice.vf_index,
+        namespace_id: choice.namespace,
         pci_address: choice.address.map(|address| address.to_string()),
         vendor_id: None,
         device_id: None,

@@ -189,14 +189,25 @@ fn in_use_by_host(facts: &PfFacts) -> NewCondition {
             type_::IN_USE_BY_HOST,
             ConditionStatus::True,
             reason::IN_USE_BY_HOST,
-            format!("the host's own traffic: {words}; it is never written to"),
+            format!("{}: {words}; it is never written to", hosts_own(facts)),
         ),
         None => NewCondition::new(
             type_::IN_USE_BY_HOST,
             ConditionStatus::False,
             reason::NOT_IN_USE,
-            "no default route, no address and no bond or bridge on it",
+            match facts.interface {
+                Some(_) => "no default route, no address and no bond or bridge on it",
+                None => "it has no network interface, and no namespace of it is the host's",
+            },
         ),
+    }
+}
+
+/// What of a PF is the host's, for a sentence.
+fn hosts_own(facts: &PfFacts) -> &'static str {
+    match facts.interface {
+        Some(_) => "the host's own traffic",
+        None => "the host's own storage",
     }
 }
 
@@ -214,7 +225,7 @@ fn ready(view: &PfView) -> NewCondition {
         };
         return no(
             reason::IN_USE_BY_HOST,
-            format!("it carries the host's own traffic: {words}{refused}"),
+            format!("it carries {}: {words}{refused}", hosts_own(facts)),
         );
     }
     if let Some(stuck) = view.stuck {

@@ -11,7 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 use common::api::{ClaimRef, VFClaim};
 use thiserror::Error;
 
-use super::pool::wanted_config;
+use super::pool::granted_config;
 use crate::kernel::VfConfig;
 
 /// A VF by the PF it belongs to.
@@ -29,6 +29,8 @@ pub struct Entry {
     pub claim: ClaimRef,
     /// The granted MAC, lower case: one MAC is used once on a PF.
     pub mac_address: String,
+    /// The namespace of its VF: one namespace is used once on a PF.
+    pub namespace: Option<u32>,
     /// The granted settings; `None` when they cannot be read.
     pub wanted: Option<VfConfig>,
     /// The VM (`status.vm.uid`): claims may share an IOMMU group only in one VM.
@@ -52,14 +54,15 @@ impl Entry {
     }
 }
 
-/// Two claims that name one VF: neither may be acted on.
+/// Two claims that name one VF, or one namespace: neither may be acted on.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "VF {index} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached lets go of it"
+    "{what} of {physical_function} is named by claim {holder} and by claim {other}; the one that is not attached lets go of it"
 )]
 pub struct Doubled {
     pub physical_function: String,
-    pub index: u16,
+    /// `VF 0`, or `namespace 1`.
+    pub what: String,
     pub holder: String,
     pub other: String,
 }
@@ -98,12 +101,14 @@ impl Ledger {
             mac_address: status
                 .admitted
                 .as_ref()
-                .map(|a| a.network.mac_address.to_ascii_lowercase())
+                .and_then(|a| a.network.as_ref())
+                .map(|network| network.mac_address.to_ascii_lowercase())
                 .unwrap_or_default(),
+            namespace: device.namespace_id,
             wanted: status
                 .admitted
                 .as_ref()
-                .and_then(|a| wanted_config(&a.network).ok()),
+                .and_then(|a| granted_config(a, device.namespace_id).ok()),
             vm_uid: status
                 .vm
                 .as_ref()
@@ -188,18 +193,32 @@ impl Ledger {
 
     /// Enters a choice before it is written.
     pub fn enter(&mut self, entry: Entry) -> Result<(), Doubled> {
-        if let Some(holder) = self.holder(&entry.vf)
-            && holder.claim.uid != entry.claim.uid
-        {
-            return Err(Doubled {
-                physical_function: entry.vf.physical_function,
-                index: entry.vf.index,
-                holder: name(&holder.claim),
-                other: name(&entry.claim),
-            });
+        if let Some(doubled) = self.doubled(&entry) {
+            return Err(doubled);
         }
         self.entries.insert(entry.claim.uid.clone(), entry);
         Ok(())
+    }
+
+    /// What another claim has already of what this one names.
+    fn doubled(&self, entry: &Entry) -> Option<Doubled> {
+        let mut others = self
+            .on(&entry.vf.physical_function)
+            .filter(|other| other.claim.uid != entry.claim.uid);
+        others.find_map(|other| {
+            let what = if other.vf == entry.vf {
+                format!("VF {}", entry.vf.index)
+            } else {
+                let same = other.namespace == entry.namespace;
+                format!("namespace {}", entry.namespace.filter(|_| same)?)
+            };
+            Some(Doubled {
+                physical_function: entry.vf.physical_function.clone(),
+                what,
+                holder: name(&other.claim),
+                other: name(&entry.claim),
+            })
+        })
     }
 
     /// Takes a claim out: a consistent read showed that this UID is gone.
@@ -313,6 +332,7 @@ mod tests {
                 uid: uid.into(),
             },
             mac_address: String::new(),
+            namespace: None,
             wanted: None,
             vm_uid: "vm".into(),
             pod_uid: "pod".into(),
@@ -332,6 +352,29 @@ mod tests {
         ledger.forget("a");
         ledger.enter(entry("c", 0)).unwrap();
         assert_eq!(ledger.on("n-1").count(), 2);
+    }
+
+    #[test]
+    fn a_namespace_goes_to_one_claim() {
+        let mut ledger = Ledger::default();
+        let of = |uid, index, namespace| Entry {
+            namespace,
+            ..entry(uid, index)
+        };
+        ledger.enter(of("a", 0, Some(1))).unwrap();
+        ledger.enter(of("a", 0, Some(1))).unwrap();
+        let twice = ledger.enter(of("b", 1, Some(1))).unwrap_err();
+        assert!(
+            twice.to_string().starts_with("namespace 1 of n-1"),
+            "{twice}"
+        );
+        ledger.enter(of("b", 1, Some(2))).unwrap();
+        ledger.enter(of("c", 2, None)).unwrap();
+        ledger.enter(of("d", 3, None)).unwrap();
+        // That of another subsystem is another one.
+        let mut elsewhere = of("e", 0, Some(1));
+        elsewhere.vf.physical_function = "n-2".into();
+        ledger.enter(elsewhere).unwrap();
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct ClaimFacts {
     pub withheld: bool,
     /// It says so because of another claim, which had the VF before.
     pub withheld_from_it: bool,
+    /// It has a namespace, with data that are its as long as it lives.
+    pub storage: bool,
 }
 
 /// The claim's VF as the host kernel has it.
@@ -57,7 +59,7 @@ pub struct VfSeen {
     pub vf: Vf,
     /// The kernel's readback equals what was granted.
     pub configured: bool,
-    /// Driverless and nothing of a holder is left on it.
+    /// Driverless, or not there, and nothing of a holder is left on it or in its namespace.
     pub clean: bool,
 }
 
@@ -234,7 +236,7 @@ fn attach(claim: ClaimFacts, seen: &Seen) -> Step {
     if claim.attachment {
         attach_recorded(claim, vf, seen)
     } else {
-        attach_new(vf, seen)
+        attach_new(claim, vf, seen)
     }
 }
 
@@ -273,9 +275,11 @@ fn keep(seen: &Seen, address: &str) -> Step {
 }
 
 /// The way up to the recorded attachment: nothing of QEMU's is touched yet.
-fn attach_new(vf: &VfSeen, seen: &Seen) -> Step {
+fn attach_new(claim: ClaimFacts, vf: &VfSeen, seen: &Seen) -> Step {
+    // A namespace does not go back for want of a port: it would be erased.
     if let Some(Qemu::Unsupported { reason, .. }) = &seen.qemu
         && *reason == reason::NO_FREE_PORT
+        && !claim.storage
         && let Some(step) = give_back(vf)
     {
         return step;
@@ -301,7 +305,9 @@ fn give_back(vf: &VfSeen) -> Option<Step> {
     match vf.vf {
         Vf::Driverless if vf.clean => Some(Step::ClearDevice),
         Vf::Driverless | Vf::VfioFree => Some(Step::Clean),
-        Vf::Absent => Some(Step::ClearDevice),
+        Vf::Absent if vf.clean => Some(Step::ClearDevice),
+        // Its namespace is still to be erased.
+        Vf::Absent => Some(Step::Clean),
         Vf::VfioHeld | Vf::OtherDriver(_) | Vf::Stuck(_) => None,
     }
 }

@@ -22,9 +22,9 @@ use common::pci::PciAddress;
 use crate::driver::Growth;
 use crate::kernel::{PfFacts, VFIO_PCI};
 
-pub use claim::{Holder, Wish, WishError, wanted_config};
+pub use claim::{GrantError, Holder, Wish, WishError, granted_config, wanted_config};
 use rank::Rank;
-pub use refusal::{MacUser, NoChoice, Refusal, claims_words};
+pub use refusal::{MacUser, NoChoice, NoNamespace, Refusal, claims_words};
 pub use resize::{Change, Resize, resize};
 pub use view::{
     ForeignReason, GroupConflict, GroupProbe, PfInput, PfView, VfView, groups_to_probe,
@@ -39,6 +39,8 @@ pub struct Choice {
     pub vf_index: u16,
     /// Absent while the VF does not exist.
     pub address: Option<PciAddress>,
+    /// Where the claim asks for one.
+    pub namespace: Option<u32>,
     /// Make VFs first, so that there are this many.
     pub create: Option<u16>,
 }
@@ -135,7 +137,12 @@ fn kept(pf: &PfView, wish: &Wish) -> Option<Choice> {
         Some(_) => None,
         None => creation(pf, wish, vf.index),
     };
-    Some(choice(pf, vf.index, vf.address, create))
+    let own = vf.holders.iter().find(|h| h.claim.uid == wish.claim.uid);
+    let choice = choice(pf, vf.index, vf.address, create);
+    Some(Choice {
+        namespace: own.and_then(|own| own.namespace),
+        ..choice
+    })
 }
 
 fn choice(pf: &PfView, vf_index: u16, address: Option<PciAddress>, create: Option<u16>) -> Choice {
@@ -144,8 +151,29 @@ fn choice(pf: &PfView, vf_index: u16, address: Option<PciAddress>, create: Optio
         pf: pf.facts.address,
         vf_index,
         address,
+        namespace: None,
         create,
     }
+}
+
+/// The namespace that this PF has for the claim: the first of those that it may have that exists
+/// and that nobody has, neither by a claim nor by a controller. One that a controller still has
+/// was not erased.
+fn namespace(pf: &PfView, wish: &Wish) -> Result<Option<u32>, Refusal> {
+    let Some(allowed) = &wish.namespaces else {
+        return Ok(None);
+    };
+    let mut none = NoNamespace::default();
+    for nsid in allowed {
+        let holder = pf.holders().find(|holder| holder.namespace == Some(*nsid));
+        match (holder, pf.namespaces.get(nsid)) {
+            (Some(holder), _) => none.claimed.push((*nsid, holder.clone())),
+            (None, None) => none.absent.push(*nsid),
+            (None, Some(users)) if !users.is_empty() => none.attached.push(*nsid),
+            (None, Some(_)) => return Ok(Some(*nsid)),
+        }
+    }
+    Err(Refusal::NoNamespace(none))
 }
 
 /// The VF that this PF has for the claim, or why it has none.
@@ -175,14 +203,19 @@ fn offer(pf: &PfView, wish: &Wish) -> Result<Choice, Refusal> {
         let mac = wish.config.mac;
         return Err(Refusal::MacInUse { mac, by });
     }
-    match free_vf(pf, wish) {
+    let namespace = namespace(pf, wish)?;
+    let choice = match free_vf(pf, wish) {
         Ok(Some(vf)) => Ok(choice(pf, vf.index, vf.address, None)),
         // An isolated VF may still be made where the existing ones are not.
         Err(conflict) => {
             new_vf(pf, wish, capabilities.growth).map_err(|_| Refusal::NotIsolated(conflict))
         }
         Ok(None) => new_vf(pf, wish, capabilities.growth),
-    }
+    }?;
+    Ok(Choice {
+        namespace,
+        ..choice
+    })
 }
 
 /// Who has the wished MAC on this PF's wire.

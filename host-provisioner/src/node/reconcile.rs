@@ -17,12 +17,12 @@ use tokio::sync::OwnedMutexGuard;
 use super::agent::Agent;
 use super::error::ReconcileError;
 use super::plan::{ClaimFacts, InQemu, Qemu, Seen, Step, Vf, VfSeen, Wait, next_step};
-use super::pool::wanted_config;
+use super::pool::granted_config;
 use super::qemu::{self, Vm};
 use super::report::Outcome;
 use super::vf::{self, VfError};
 use super::{allocate, attach, gone, inventory, left, listen, release};
-use crate::kernel::PfFacts;
+use crate::kernel::{PfFacts, VfConfig};
 use crate::points::{Point, reach};
 use end::End;
 
@@ -100,6 +100,7 @@ async fn fetch(agent: &Arc<Agent>, cached: &VFClaim) -> Result<Option<Walk>, Rec
         found: None,
         turn: None,
         gates_closed: false,
+        erased: false,
     }))
 }
 
@@ -123,6 +124,9 @@ struct Walk {
     turn: Option<OwnedMutexGuard<()>>,
     /// What the attachment had opened was closed in this walk.
     gates_closed: bool,
+    /// The VF was cleaned in this walk, and its namespace erased: nothing else tells a namespace
+    /// that was erased from one that was forgotten by its controller.
+    erased: bool,
 }
 
 impl Walk {
@@ -142,6 +146,23 @@ impl Walk {
             .ok_or(ReconcileError::Incomplete("status.device"))
     }
 
+    /// The namespace that the claim has.
+    fn namespace(&self) -> Option<u32> {
+        self.status()?.device.as_ref()?.namespace_id
+    }
+
+    /// What was granted, in the kernel's terms.
+    fn granted(&self) -> Result<VfConfig, ReconcileError> {
+        let granted = granted_config(self.admitted()?, self.namespace());
+        Ok(granted.map_err(VfError::from)?)
+    }
+
+    /// The MAC that was granted, of a network interface.
+    fn granted_mac(&self) -> Option<String> {
+        let network = self.status()?.admitted.as_ref()?.network.as_ref()?;
+        Some(network.mac_address.clone())
+    }
+
     fn facts(&self) -> ClaimFacts {
         let status = self.status();
         ClaimFacts {
@@ -154,6 +175,7 @@ impl Walk {
             reclaim: self.reclaim(),
             withheld: self.withheld(),
             withheld_from_it: self.withheld_from_it(),
+            storage: self.namespace().is_some(),
         }
     }
 
@@ -215,7 +237,7 @@ impl Walk {
                 reach(Point::GuestConfigured);
                 let device = GuestDevice {
                     pci_address: guest_address.clone(),
-                    mac_address: self.admitted()?.network.mac_address.clone(),
+                    mac_address: self.granted_mac(),
                 };
                 return Ok(Some(End {
                     outcome: Some(Outcome::Attached(device)),
@@ -279,11 +301,12 @@ impl Walk {
     async fn look_at_vf(&mut self) -> Result<(), ReconcileError> {
         let pf = self.pf().await?;
         let index = self.recorded_device()?.vf_index;
-        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
-        let seen = vf::blocking(&self.agent.kernel, move |kernel| {
+        let want = self.granted()?;
+        let mut seen = vf::blocking(&self.agent.kernel, move |kernel| {
             vf::look(kernel, &pf, index, &want)
         })
         .await?;
+        seen.clean &= self.erased || self.namespace().is_none();
         self.seen.vf = Some(seen);
         Ok(())
     }
@@ -357,7 +380,7 @@ impl Walk {
         if let Err(wait) = allocate::may_write(&self.agent, &device.physical_function, &pf) {
             return Ok(Some(self.wait(wait)));
         }
-        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
+        let want = self.granted()?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, config = %want, "preparing");
         let done = vf::blocking(&self.agent.kernel, move |kernel| {
             vf::prepare(kernel, &pf, &device, &want)
@@ -447,5 +470,7 @@ impl Walk {
     }
 }
 
+#[cfg(test)]
+mod storage_tests;
 #[cfg(test)]
 mod tests;

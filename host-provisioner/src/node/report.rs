@@ -200,7 +200,7 @@ mod tests {
     fn a_degraded_claim_is_attached_and_not_ready() {
         let device = GuestDevice {
             pci_address: "0000:05:00.0".into(),
-            mac_address: "02:00:00:00:00:01".into(),
+            mac_address: Some("02:00:00:00:00:01".into()),
         };
         let wait = Wait {
             reason: reason::DEGRADED,

@@ -96,10 +96,14 @@ pub(super) struct Stage {
 impl Stage {
     /// One managed igb PF without VFs.
     pub(super) async fn new() -> Self {
+        Self::of(igb_pf("0000:01:00.0".parse::<PciAddress>().unwrap())).await
+    }
+
+    /// This PF, managed and without VFs.
+    pub(super) async fn of(pf: PfFacts) -> Self {
         let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/vf-crds/templates");
         let server = TestApiServer::lend(&[&crds]).await.unwrap();
         let client = server.admin();
-        let pf = igb_pf("0000:01:00.0".parse::<PciAddress>().unwrap());
         let kernel = FakeKernel::new([pf.clone()]);
         let proc = tempfile::tempdir().unwrap();
 
@@ -190,7 +194,25 @@ impl Stage {
 
     /// Such a claim with another reclaim policy.
     pub(super) async fn claim_of(&self, mac: &str, policy: ReclaimPolicy) -> VFClaim {
-        let uid = mac.replace(':', "");
+        let network = json!({"macAddress": mac, "spoofCheck": true, "trust": false});
+        self.granted(&mac.replace(':', ""), policy, "network", &network)
+            .await
+    }
+
+    /// A claim that may have one of these namespaces.
+    pub(super) async fn storage_claim(&self, uid: &str, namespaces: &[u32]) -> VFClaim {
+        let storage = json!({ "namespaces": namespaces });
+        self.granted(uid, ReclaimPolicy::Return, "storage", &storage)
+            .await
+    }
+
+    async fn granted(
+        &self,
+        uid: &str,
+        policy: ReclaimPolicy,
+        kind: &str,
+        what: &serde_json::Value,
+    ) -> VFClaim {
         let spec: VFClaimSpec = serde_json::from_value(json!({
             "className": "gold",
             "guest": {
@@ -200,7 +222,7 @@ impl Stage {
             },
         }))
         .unwrap();
-        let mut claim = VFClaim::new(&host_claim_name(&uid), spec);
+        let mut claim = VFClaim::new(&host_claim_name(uid), spec);
         claim.metadata.finalizers = Some(vec![FINALIZER.into()]);
         let api = self.claims();
         api.create(&PostParams::default(), &claim).await.unwrap();
@@ -208,14 +230,12 @@ impl Stage {
             "hostNode": NODE,
             "admitted": {
                 "observedGeneration": 1, "className": "gold", "classUID": "g",
-                "pfSelector": {}, "reclaimPolicy": policy, "network": {
-                    "macAddress": mac, "spoofCheck": true, "trust": false,
-                },
+                "pfSelector": {}, "reclaimPolicy": policy, kind: what,
             },
             "vm": {"namespace": "vms", "name": "w1", "uid": "vm"},
             "launcher": {"vmiUID": "vmi", "podUID": "pod"},
         }});
-        let name = host_claim_name(&uid);
+        let name = host_claim_name(uid);
         api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
             .await
             .unwrap()

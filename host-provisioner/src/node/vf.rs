@@ -10,9 +10,10 @@ use thiserror::Error;
 
 use super::hold::Drift;
 use super::plan::{Vf, VfSeen};
-use crate::driver::{DriverError, VfDriver, driver_for, settled};
+use super::pool::GrantError;
+use crate::driver::{DriverError, NamespaceUser, VfDriver, driver_for, settled};
 use crate::kernel::{
-    GroupHold, HoldError, Kernel, KernelError, MacError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
+    GroupHold, HoldError, Kernel, KernelError, PfFacts, VFIO_PCI, VfConfig, VfFacts,
 };
 use crate::points::{Point, reach};
 
@@ -25,8 +26,8 @@ pub enum VfError {
     Hold(#[from] HoldError),
     #[error(transparent)]
     Driver(#[from] DriverError),
-    #[error("the granted MAC address: {0}")]
-    Mac(#[from] MacError),
+    #[error("the grant cannot be read: {0}")]
+    Grant(#[from] GrantError),
     #[error("{0} is not a physical function of this node; it may have been removed or renamed")]
     UnknownPf(String),
     #[error("the driver of {pf} ({driver}) is not supported yet; use a PF of another driver")]
@@ -249,14 +250,38 @@ pub fn described(device: &DeviceStatus, vf: &VfFacts) -> DeviceStatus {
     }
 }
 
-/// Takes everything of the last holder off a free VF and leaves it driverless.
-pub fn clean(kernel: &dyn Kernel, pf: &PfFacts, index: u16) -> Result<(), VfError> {
-    let vf = find(kernel, pf, index)?.ok_or(VfError::NoVf {
-        pf: pf.address,
-        index,
-    })?;
+/// Takes everything of the last holder off a free VF and leaves it driverless; its `namespace` is
+/// erased, also where the VF has not got it or is not there any more.
+pub fn clean(
+    kernel: &dyn Kernel,
+    pf: &PfFacts,
+    index: u16,
+    namespace: Option<u32>,
+) -> Result<(), VfError> {
+    let driver = driver(pf)?;
+    let vf = match (find(kernel, pf, index)?, namespace) {
+        (Some(vf), _) => vf,
+        (None, Some(nsid)) => return Ok(driver.reclaim(kernel, pf, index, nsid)?),
+        (None, None) => {
+            return Err(VfError::NoVf {
+                pf: pf.address,
+                index,
+            });
+        }
+    };
     let held = prove_free(kernel, &vf)?;
-    driver(pf)?.teardown(kernel, pf, &vf)?;
+    let lost = match namespace {
+        Some(nsid) => {
+            let all = driver.namespaces(kernel, pf)?;
+            let users = all.get(&nsid).map(Vec::as_slice).unwrap_or_default();
+            Some(nsid).filter(|_| !users.contains(&NamespaceUser::Vf(index)))
+        }
+        None => None,
+    };
+    driver.teardown(kernel, pf, &vf)?;
+    if let Some(nsid) = lost {
+        driver.reclaim(kernel, pf, index, nsid)?;
+    }
     reach(Point::Reset);
     drop(held);
     reach(Point::LetGo);

@@ -49,7 +49,7 @@ async fn a_good_claim_is_bound_in_three_writes_and_left_alone_afterwards() {
     let admitted = seen.admitted.unwrap();
     assert_eq!(admitted.class_name, "gold");
     assert_eq!(admitted.observed_generation, 1);
-    assert_eq!(admitted.network.mac_address, derived_mac("u1"));
+    assert_eq!(admitted.network.unwrap().mac_address, derived_mac("u1"));
     let vm = seen.vm.unwrap();
     assert_eq!((vm.name.as_str(), vm.uid), ("a", vmi.uid().unwrap()));
     assert_eq!(vm.ip.as_deref(), Some("10.0.0.5"));
@@ -416,12 +416,12 @@ async fn an_edit_that_the_vfs_driver_cannot_do_is_refused_and_the_grant_stays() 
             && words.contains("the earlier grant holds"),
         "{words}"
     );
-    let network = now.admitted.unwrap().network;
+    let network = now.admitted.unwrap().network.unwrap();
     assert_eq!(network.link_state, LinkState::Auto);
 
     edit(json!({"linkState": null, "maxTxRateMbps": 500})).await;
     let changed = harness.says(&made, type_::ADMITTED, reason::ADMITTED).await;
-    let network = status(&changed).admitted.unwrap().network;
+    let network = status(&changed).admitted.unwrap().network.unwrap();
     assert_eq!(network.max_tx_rate_mbps, Some(500));
     harness.end().await;
 }

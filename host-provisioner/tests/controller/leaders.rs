@@ -151,7 +151,8 @@ async fn settled(harness: &Harness, gates: [&Gate; 2], mut round: u8) -> u8 {
                 .unwrap();
             eventually("the marker is granted anew", || async {
                 let claim = harness.claims().get(&marker).await.unwrap();
-                let granted = status(&claim).admitted.map(|a| a.network.mac_address);
+                let granted = status(&claim).admitted;
+                let granted = granted.and_then(|a| a.network).map(|n| n.mac_address);
                 let said = status(&claim).conditions;
                 let said = said
                     .iter()

@@ -41,6 +41,7 @@ fn claim_facts(walk: &Walk) -> ClaimFacts {
         reclaim: walk.reclaim.policy,
         withheld: walk.reclaim.withheld,
         withheld_from_it: walk.reclaim.withheld_from_it,
+        storage: false,
     }
 }
 

@@ -107,7 +107,7 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
             num_vfs: None,
             reclaim_policy: setting.reclaim,
             placement: Default::default(),
-            network: GrantedNetwork {
+            network: Some(GrantedNetwork {
                 mac_address: derived_mac(guest_uid),
                 vlan: None,
                 spoof_check: true,
@@ -115,7 +115,8 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
                 link_state: LinkState::Auto,
                 min_tx_rate_mbps: None,
                 max_tx_rate_mbps: None,
-            },
+            }),
+            storage: None,
         }),
         vm: copy.granted.then(|| VmRef {
             namespace: "vms".into(),
@@ -132,6 +133,7 @@ fn status(setting: &Setting, slot: Slot, copy: &HostCopy, guest_uid: &str) -> VF
             node_name: NODE.into(),
             physical_function: PF.into(),
             vf_index: vf.into(),
+            namespace_id: None,
             pci_address: None,
             vendor_id: None,
             device_id: None,
@@ -166,6 +168,7 @@ pub fn ledger(setting: &Setting, held: &[Option<Held>; HELD]) -> Ledger {
                 ..reference(slot, held.uid)
             },
             mac_address: derived_mac(&guest_uid(slot, held.guest)),
+            namespace: None,
             wanted: None,
             going: false,
             vm_uid: format!("vmi-{vm}"),
@@ -335,6 +338,7 @@ pub fn view(setting: &Setting, world: &World, ledger: &Ledger) -> PfView {
         holders,
         probes,
         macs: BTreeMap::new(),
+        namespaces: BTreeMap::new(),
         // Nobody but QEMU opens a device here.
         stuck: BTreeMap::new(),
     })

@@ -66,6 +66,16 @@ impl Wish {
         self.network("trust", json!(trust))
     }
 
+    /// Asks for a namespace, and for nothing of a network interface.
+    #[must_use]
+    pub fn namespace(mut self, id: u32) -> Self {
+        if let Some(spec) = self.spec.as_object_mut() {
+            spec.remove("network");
+            spec.insert("storage".into(), json!({"namespaceID": id}));
+        }
+        self
+    }
+
     fn set(mut self, path: &str, value: serde_json::Value) -> Self {
         if let Some(field) = self.spec.pointer_mut(path) {
             *field = value;
@@ -124,6 +134,7 @@ pub struct Attached {
     pub vf_index: u16,
     pub iommu_group: u32,
     pub guest_address: String,
+    /// Empty for a VF that is no network interface.
     pub mac: String,
 }
 
@@ -369,7 +380,11 @@ fn attached(guest: &VFClaim, host: VFClaim) -> Result<Attached> {
             .iommu_group
             .context("the device has no IOMMU group")?,
         guest_address: in_guest.pci_address.clone(),
-        mac: in_guest.mac_address.to_lowercase(),
+        mac: in_guest
+            .mac_address
+            .as_deref()
+            .unwrap_or_default()
+            .to_lowercase(),
         host: host.clone(),
     })
 }
@@ -397,7 +412,7 @@ pub fn told(claim: &VFClaim) -> String {
 }
 
 /// Deletes every claim that a scenario made, in both clusters, and waits for them to go.
-pub(super) async fn remove_all(lab: &Lab<'_>) -> Result<()> {
+pub async fn remove_all(lab: &Lab<'_>) -> Result<()> {
     let marked = ListParams::default().labels(MARK);
     for claim in lab.guest_claims().list(&marked).await? {
         let name = claim.metadata.name.unwrap_or_default();

@@ -28,6 +28,7 @@ fn entry(uid: &str, index: u16, attached: bool) -> Entry {
             uid: uid.into(),
         },
         mac_address: GRANTED.mac.to_string(),
+        namespace: None,
         wanted: Some(GRANTED),
         vm_uid: "vm".into(),
         pod_uid: "pod".into(),

@@ -30,6 +30,7 @@ fn input(vfs: u16) -> PfInput {
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
+        namespaces: BTreeMap::new(),
         stuck: BTreeMap::new(),
     }
 }
@@ -177,6 +178,7 @@ fn a_report_shows_the_pool() {
         vm_uid: "vm-1".to_owned(),
         vf_index: 0,
         mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
+        namespace: None,
         attached: true,
     }];
     let status = report(pool);

@@ -12,6 +12,7 @@ fn claim(deleting: bool, device: bool, attachment: bool) -> ClaimFacts {
         reclaim: ReclaimPolicy::Return,
         withheld: false,
         withheld_from_it: false,
+        storage: false,
     }
 }
 
@@ -401,5 +402,35 @@ fn a_claim_that_names_a_vf_withheld_since_another_had_it_lets_go_of_it_untouched
             ..facts
         };
         assert_eq!(next_step(attached, &Seen::default()), Step::LookAtQemu);
+    }
+}
+
+#[test]
+fn a_namespace_is_kept_while_its_claim_lives_and_erased_when_it_goes() {
+    let storage = |deleting| ClaimFacts {
+        storage: true,
+        ..claim(deleting, true, false)
+    };
+    let no_port = Seen {
+        vf: vf(Vf::VfioFree, true, false),
+        qemu: Some(Qemu::Unsupported {
+            reason: reason::NO_FREE_PORT,
+            message: "no port".into(),
+        }),
+        ..Seen::default()
+    };
+    // A network VF goes back, and this one waits.
+    assert_eq!(next_step(claim(false, true, false), &no_port), Step::Clean);
+    assert!(matches!(
+        next_step(storage(false), &no_port),
+        Step::Wait(Wait { reason, .. }) if reason == reason::NO_FREE_PORT
+    ));
+    // Without its VF, which a restart of the host takes, it is erased all the same.
+    for (clean, step) in [(false, Step::Clean), (true, Step::ClearDevice)] {
+        let seen = Seen {
+            vf: vf(Vf::Absent, false, clean),
+            ..Seen::default()
+        };
+        assert_eq!(next_step(storage(true), &seen), step);
     }
 }

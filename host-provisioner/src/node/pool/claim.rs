@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::api::{ClaimRef, GrantedNetwork, PfSelector, Placement, VFClaim};
+use common::api::{Admitted, ClaimRef, GrantedNetwork, PfSelector, Placement, VFClaim};
 use thiserror::Error;
 
-use crate::kernel::{MacAddr, MacError, TxRate, VfConfig, VlanTag};
+use crate::kernel::{MacAddr, MacError, Storage, TxRate, VfConfig, VlanTag};
 use crate::node::ledger::{Entry, Ledger, VfKey, claim_ref};
 
 use super::Choice;
@@ -21,6 +21,8 @@ pub struct Holder {
     pub vf_index: u16,
     /// The MAC that was granted.
     pub mac: Option<MacAddr>,
+    /// The namespace of its VF, `status.device.namespaceID`.
+    pub namespace: Option<u32>,
     /// `status.attachment` is set.
     pub attached: bool,
 }
@@ -32,7 +34,8 @@ impl Holder {
     pub fn of(claim: &VFClaim) -> Option<(String, Self)> {
         let status = claim.status.as_ref()?;
         let device = status.device.as_ref()?;
-        let mac = status.admitted.as_ref().map(|granted| &granted.network);
+        let admitted = status.admitted.as_ref();
+        let mac = admitted.and_then(|granted| granted.network.as_ref());
         let holder = Self {
             claim: claim_ref(claim),
             vm_uid: status
@@ -41,6 +44,7 @@ impl Holder {
                 .map_or_else(String::new, |vm| vm.uid.clone()),
             vf_index: device.vf_index,
             mac: mac.and_then(|network| network.mac_address.parse().ok()),
+            namespace: device.namespace_id,
             attached: status.attachment.is_some(),
         };
         Some((device.physical_function.clone(), holder))
@@ -56,6 +60,7 @@ impl Holder {
                 vm_uid: entry.vm_uid.clone(),
                 vf_index: entry.vf.index,
                 mac: entry.mac_address.parse().ok(),
+                namespace: entry.namespace,
                 attached: entry.attached(),
             })
             .collect()
@@ -72,6 +77,8 @@ pub struct Wish {
     /// Labels of this node.
     pub node_labels: BTreeMap<String, String>,
     pub config: VfConfig,
+    /// The namespaces of which it is to get one; `None`: it asks for a network interface.
+    pub namespaces: Option<Vec<u32>>,
     /// The class's `numVFs`.
     pub num_vfs: Option<u16>,
     /// Which of several PFs goes first.
@@ -88,7 +95,16 @@ pub enum WishError {
     #[error("the claim's VM is not known yet")]
     NoVm,
     #[error("the grant cannot be read: {0}")]
+    Grant(#[from] GrantError),
+}
+
+/// Why a grant cannot be read.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum GrantError {
+    #[error(transparent)]
     Mac(#[from] MacError),
+    #[error("it is neither of a network interface nor of storage alone")]
+    Kind,
 }
 
 impl Wish {
@@ -105,7 +121,8 @@ impl Wish {
             vm_uid: vm.uid.clone(),
             selector: admitted.pf_selector.clone(),
             node_labels: node_labels.clone(),
-            config: wanted_config(&admitted.network)?,
+            config: granted_config(admitted, None)?,
+            namespaces: admitted.storage.as_ref().map(|s| s.namespaces.clone()),
             num_vfs: admitted.num_vfs,
             placement: admitted.placement,
             near: BTreeSet::new(),
@@ -123,13 +140,30 @@ impl Wish {
             },
             claim: self.claim.clone(),
             mac_address: self.config.mac.to_string(),
-            wanted: Some(self.config),
+            namespace: choice.namespace,
+            wanted: Some(match choice.namespace {
+                Some(nsid) => VfConfig::of_storage(Storage::Namespace(nsid)),
+                None => self.config,
+            }),
             vm_uid: self.vm_uid.clone(),
             pod_uid: launcher.map(|l| l.pod_uid.clone()).unwrap_or_default(),
             going: false,
             port: None,
             unanswered: claim.metadata.resource_version.clone(),
         }
+    }
+}
+
+/// What was granted in the kernel's terms, with the namespace that was chosen of it.
+///
+/// # Errors
+/// [`GrantError`] when nothing of it, or not one thing alone, can be made of it.
+pub fn granted_config(admitted: &Admitted, namespace: Option<u32>) -> Result<VfConfig, GrantError> {
+    match (&admitted.network, &admitted.storage, namespace) {
+        (Some(network), None, None) => Ok(wanted_config(network)?),
+        (None, Some(_), None) => Ok(VfConfig::of_storage(Storage::Nothing)),
+        (None, Some(_), Some(nsid)) => Ok(VfConfig::of_storage(Storage::Namespace(nsid))),
+        _ => Err(GrantError::Kind),
     }
 }
 

@@ -42,10 +42,23 @@ pub enum Refusal {
         total: u16,
         holders: Vec<Holder>,
     },
+    /// None of the namespaces that the claim may have is free.
+    NoNamespace(NoNamespace),
     /// Its VFs do not exist yet and are promised to another VM.
     BeingMade,
     /// The number of its VFs is being changed.
     Resizing,
+}
+
+/// Why none of the namespaces that a claim may have can be had.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NoNamespace {
+    /// Those that other claims have.
+    pub claimed: Vec<(u32, Holder)>,
+    /// Those that no claim has and a controller has all the same.
+    pub attached: Vec<u32>,
+    /// Those that there are not.
+    pub absent: Vec<u32>,
 }
 
 /// Who has a MAC.
@@ -82,6 +95,7 @@ impl Refusal {
             Self::MacInUse { .. } => reason::MAC_IN_USE,
             Self::NotIsolated(_) => reason::NOT_ISOLATED,
             Self::NoFreeVf { .. } => reason::NO_FREE_VF,
+            Self::NoNamespace(_) => reason::NO_FREE_NAMESPACE,
             Self::BeingMade | Self::Resizing => reason::PENDING,
         }
     }
@@ -95,7 +109,7 @@ impl Refusal {
             Self::Stuck(_) => 3,
             Self::Unsupported(_) => 4,
             Self::NotIsolated(_) => 5,
-            Self::NoFreeVf { .. } => 6,
+            Self::NoFreeVf { .. } | Self::NoNamespace(_) => 6,
             Self::MacInUse { .. } => 7,
             Self::BeingMade | Self::Resizing => 8,
         }
@@ -143,6 +157,7 @@ impl Refusal {
                 let counts = (*existing, *foreign, *withheld);
                 no_free_vf(pf, counts, *total, &names.list(holders))
             }
+            Self::NoNamespace(none) => no_namespace(pf, none, names),
             Self::BeingMade => format!(
                 "the VFs of {pf} are being made for a claim of another VM; this claim goes on by \
                  itself when they exist"
@@ -153,6 +168,42 @@ impl Refusal {
             ),
         }
     }
+}
+
+fn no_namespace(pf: &str, none: &NoNamespace, names: &Names<'_>) -> String {
+    let numbers = |nsids: &[u32]| {
+        let all: Vec<String> = nsids.iter().take(MOST_NAMED).map(u32::to_string).collect();
+        let more = if nsids.len() > MOST_NAMED {
+            " and more"
+        } else {
+            ""
+        };
+        all.join(", ") + more
+    };
+    let mut why = Vec::new();
+    if !none.claimed.is_empty() {
+        let (nsids, holders): (Vec<u32>, Vec<Holder>) = none.claimed.iter().cloned().unzip();
+        why.push(format!(
+            "{} held by {}",
+            numbers(&nsids),
+            names.list(&holders)
+        ));
+    }
+    if !none.attached.is_empty() {
+        why.push(format!(
+            "{} attached to a controller without a claim, so that its data may be somebody's (an \
+             administrator has to see to that, erase it and detach it: nvme format, nvme detach-ns)",
+            numbers(&none.attached)
+        ));
+    }
+    if !none.absent.is_empty() {
+        why.push(format!("{} not there", numbers(&none.absent)));
+    }
+    format!(
+        "{pf} has no free namespace for the claim: {}; delete a claim that is not needed, wait, or \
+         name another namespace of the class",
+        why.join("; ")
+    )
 }
 
 fn no_free_vf(

@@ -1,12 +1,16 @@
 //! Tables and properties of the pool.
 
+mod namespaces;
 mod placement;
 mod properties;
 mod refusals;
 mod resize;
 mod withheld;
 
-use common::api::{ClaimRef, GrantedNetwork, LinkState, Placement, VFClaim, VlanProtocol, reason};
+use common::api::{
+    Admitted, ClaimRef, GrantedNetwork, GrantedStorage, LinkState, Placement, ReclaimPolicy,
+    VFClaim, VlanProtocol, reason,
+};
 
 use super::*;
 use crate::kernel::fake::{FakeKernel, igb_pf};
@@ -37,6 +41,7 @@ pub(super) fn wish(name: &str) -> Wish {
             mac: mac(0xaa),
             ..VfConfig::CLEAN
         },
+        namespaces: None,
         num_vfs: None,
         placement: Placement::Pack,
         near: Default::default(),
@@ -49,6 +54,7 @@ pub(super) fn holder(name: &str, vf_index: u16) -> Holder {
         vm_uid: "vm-1".to_owned(),
         vf_index,
         mac: Some(mac(u8::try_from(vf_index).unwrap())),
+        namespace: None,
         attached: false,
     }
 }
@@ -70,6 +76,7 @@ pub(super) fn input(pf: &str, vfs: u16) -> PfInput {
         holders: Vec::new(),
         probes: BTreeMap::new(),
         macs: BTreeMap::new(),
+        namespaces: BTreeMap::new(),
         stuck: BTreeMap::new(),
     }
 }
@@ -93,6 +100,7 @@ fn an_empty_pool_is_made_whole_and_its_first_vf_taken() {
         pf: PF1.parse().unwrap(),
         vf_index: 0,
         address: None,
+        namespace: None,
         create: Some(7),
     };
     assert_eq!(choice, expected);

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use common::api::{ResizeStatus, VfCounts, VfState, WithheldReason, WithheldVf, withheld_in_force};
 use common::pci::PciAddress;
 
-use crate::driver::{Capabilities, driver_for};
+use crate::driver::{Capabilities, NamespaceUser, Namespaces, driver_for};
 use crate::kernel::{MacAddr, PfFacts, Stuck, VFIO_PCI, VfFacts};
 
 use super::claim::Holder;
@@ -37,6 +37,8 @@ pub enum ForeignReason {
     Stranger(PciAddress),
     /// It is in no IOMMU group.
     NoIommu,
+    /// Its controller has a namespace that no claim has: its data is the last holder's.
+    Namespace(u32),
 }
 
 /// One VF, existing or promised to a claim.
@@ -83,6 +85,8 @@ pub struct PfInput {
     pub probes: BTreeMap<u32, GroupProbe>,
     /// MACs that the kernel reports, by VF index; may be empty.
     pub macs: BTreeMap<u16, MacAddr>,
+    /// Of an NVMe subsystem; may be empty.
+    pub namespaces: Namespaces,
     /// Functions about which a write has not come back; may name others.
     pub stuck: BTreeMap<PciAddress, Stuck>,
 }
@@ -104,6 +108,8 @@ pub struct PfView {
     pub capabilities: Option<Capabilities>,
     /// Why its backend serves nobody with it, as it is set up.
     pub unserviceable: Option<&'static str>,
+    /// Of an NVMe subsystem.
+    pub namespaces: Namespaces,
     /// By index; VFs that exist and VFs that are promised.
     pub vfs: Vec<VfView>,
     /// A write about the PF itself has not come back.
@@ -167,6 +173,7 @@ impl PfView {
             resize,
             resizing: input.resizing,
             stuck: input.stuck.get(&input.facts.address).copied(),
+            namespaces: input.namespaces,
             facts: input.facts,
             vfs,
         }
@@ -312,6 +319,13 @@ fn foreign_reason(vf: &VfFacts, input: &PfInput) -> Option<ForeignReason> {
     let ours = |member: &PciAddress| input.vfs.iter().any(|vf| vf.address == *member);
     if let Some(stranger) = vf.group_members.iter().find(|member| !ours(member)) {
         return Some(ForeignReason::Stranger(*stranger));
+    }
+    let left = input
+        .namespaces
+        .iter()
+        .find(|(_, users)| users.contains(&NamespaceUser::Vf(vf.index)));
+    if let Some((nsid, _)) = left {
+        return Some(ForeignReason::Namespace(*nsid));
     }
     match vf.driver.as_deref() {
         None => match input.probes.get(&group) {

@@ -112,10 +112,12 @@ impl Walk {
         let pf = self.pf().await?;
         tracing::info!(pf = %pf.address, vf = device.vf_index, "cleaning");
         let cleaned = vf::blocking(&self.agent.kernel, move |kernel| {
-            vf::clean(kernel, &pf, device.vf_index)
+            vf::clean(kernel, &pf, device.vf_index, device.namespace_id)
         })
         .await;
-        if vf::unless_stuck(cleaned)?.is_none() {
+        if vf::unless_stuck(cleaned)?.is_some() {
+            self.erased = true;
+        } else {
             // The VF is Broken now.
             self.agent.tell_report_due();
         }

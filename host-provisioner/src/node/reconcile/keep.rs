@@ -12,9 +12,8 @@ use super::end::{End, WAITING};
 use crate::node::error::ReconcileError;
 use crate::node::hold::Drift;
 use crate::node::plan::{InQemu, Qemu, Service, Wait};
-use crate::node::pool::wanted_config;
 use crate::node::report::{Outcome, newly_granted};
-use crate::node::vf::{self, VfError};
+use crate::node::vf;
 use crate::node::{attach, listen, release};
 
 /// An attached claim is looked at again, in case something was missed.
@@ -50,7 +49,7 @@ impl Walk {
     async fn drift(&self) -> Result<Option<Drift>, ReconcileError> {
         let pf = self.pf().await?;
         let index = self.recorded_device()?.vf_index;
-        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
+        let want = self.granted()?;
         Ok(vf::blocking(&self.agent.kernel, move |kernel| {
             vf::drift(kernel, &pf, index, &want)
         })
@@ -61,7 +60,7 @@ impl Walk {
     /// for, what it was not granted and cannot be repaired is taken out of the VM.
     pub(super) async fn repair(&mut self, drift: &Drift) -> Result<Option<End>, ReconcileError> {
         let device = self.recorded_device()?.clone();
-        let want = wanted_config(&self.admitted()?.network).map_err(VfError::from)?;
+        let want = self.granted()?;
         let repaired = {
             let _turn = self.agent.pf_turns.take(&device.physical_function).await;
             let pf = self.pf().await?;
@@ -152,7 +151,7 @@ impl Walk {
         reported.or_else(|| match &self.seen.qemu {
             Some(Qemu::Running(InQemu::Configured(address))) => Some(GuestDevice {
                 pci_address: address.clone(),
-                mac_address: self.admitted().ok()?.network.mac_address.clone(),
+                mac_address: self.granted_mac(),
             }),
             _ => None,
         })

@@ -60,7 +60,7 @@ fn a_vf_goes_up_and_comes_back_as_it_was() {
         "set with the PF up"
     );
 
-    clean(&kernel, &pf, 2).unwrap();
+    clean(&kernel, &pf, 2, None).unwrap();
     let down = look(&kernel, &pf, 2, &wanted()).unwrap();
     assert_eq!((down.vf, down.clean), (Vf::Driverless, true));
     assert_eq!(kernel.violations(), Vec::<String>::new());
@@ -71,7 +71,7 @@ fn a_vf_that_somebody_took_before_it_could_be_unbound_is_nobodys_until_he_lets_g
     let (kernel, pf, vf) = filled();
     prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
     kernel.stick_next("unbind");
-    let cleaned = clean(&kernel, &pf, 2);
+    let cleaned = clean(&kernel, &pf, 2, None);
     assert!(unless_stuck(cleaned).unwrap().is_none());
     let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
     let Vf::Stuck(words) = &seen.vf else {
@@ -84,7 +84,7 @@ fn a_vf_that_somebody_took_before_it_could_be_unbound_is_nobodys_until_he_lets_g
     assert_eq!(shown.driver, None);
     for refused in [
         prepare(&kernel, &pf, &device(2), &wanted()).unwrap_err(),
-        clean(&kernel, &pf, 2).unwrap_err(),
+        clean(&kernel, &pf, 2, None).unwrap_err(),
     ] {
         assert!(
             matches!(refused, VfError::Hold(HoldError::Busy { .. })),
@@ -118,7 +118,7 @@ fn each_thing_is_written_once_and_the_function_reset_before_it_is_given_up() {
     assert_eq!(kernel.writes()[before..], [Write::Reset(vf.address)]);
 
     let before = kernel.writes().len();
-    clean(&kernel, &pf, 2).unwrap();
+    clean(&kernel, &pf, 2, None).unwrap();
     let after = kernel.writes().split_off(before);
     let reset = after.iter().position(|w| *w == Write::Reset(vf.address));
     let unbound = after.iter().position(|w| *w == Write::Unbind(vf.address));
@@ -137,7 +137,7 @@ fn a_vf_that_somebody_holds_is_neither_prepared_nor_cleaned() {
     };
     for refused in [
         prepare(&kernel, &pf, &device(2), &other).map(drop),
-        clean(&kernel, &pf, 2),
+        clean(&kernel, &pf, 2, None),
     ] {
         assert!(
             matches!(refused, Err(VfError::Hold(HoldError::Busy { .. }))),
@@ -147,7 +147,7 @@ fn a_vf_that_somebody_holds_is_neither_prepared_nor_cleaned() {
     assert_eq!(look(&kernel, &pf, 2, &wanted()).unwrap().vf, Vf::VfioHeld);
     assert_eq!(kernel.writes(), before);
     drop(held);
-    clean(&kernel, &pf, 2).unwrap();
+    clean(&kernel, &pf, 2, None).unwrap();
     assert_eq!(kernel.violations(), Vec::<String>::new());
 }
 
@@ -159,7 +159,7 @@ fn another_drivers_vf_is_left_to_it() {
     let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
     assert_eq!(seen.vf, Vf::OtherDriver("igbvf".into()));
     assert!(prepare(&kernel, &pf, &device(2), &wanted()).is_err());
-    assert!(clean(&kernel, &pf, 2).is_err());
+    assert!(clean(&kernel, &pf, 2, None).is_err());
     assert_eq!(kernel.writes(), before);
 }
 
@@ -183,7 +183,7 @@ fn an_absent_vf_is_seen_as_absent_and_an_error_to_touch() {
     assert_eq!((seen.vf, seen.clean), (Vf::Absent, true));
     for refused in [
         prepare(&kernel, &pf, &device(2), &wanted()).map(drop),
-        clean(&kernel, &pf, 2),
+        clean(&kernel, &pf, 2, None),
     ] {
         assert!(
             matches!(refused, Err(VfError::NoVf { index: 2, .. })),
@@ -206,11 +206,11 @@ fn a_cleaning_that_failed_half_way_can_be_done_again() {
     prepare(&kernel, &pf, &device(2), &wanted()).unwrap();
     for call in ["set_vf_config", "reset_function", "unbind"] {
         kernel.fail_next(call, libc::EIO);
-        assert!(clean(&kernel, &pf, 2).is_err(), "{call}");
+        assert!(clean(&kernel, &pf, 2, None).is_err(), "{call}");
         let seen = look(&kernel, &pf, 2, &wanted()).unwrap();
         assert!(!seen.clean, "after {call}: {seen:?}");
     }
-    clean(&kernel, &pf, 2).unwrap();
+    clean(&kernel, &pf, 2, None).unwrap();
     assert!(look(&kernel, &pf, 2, &wanted()).unwrap().clean);
     assert_eq!(find(&kernel, &pf, 2).unwrap().unwrap().driver, None);
     assert_eq!(kernel.guest_mac(vf.address), None);
@@ -347,7 +347,7 @@ fn a_namespace_goes_up_and_comes_back_empty() {
     repair(&kernel, &pf, 2, &want).unwrap();
     assert_eq!(drift(&kernel, &pf, 2, &want).unwrap(), None);
     assert_eq!(kernel.namespace(pf.address, 2)[100..109], *b"a guest's");
-    clean(&kernel, &pf, 2).unwrap();
+    clean(&kernel, &pf, 2, Some(2)).unwrap();
     let down = look(&kernel, &pf, 2, &want).unwrap();
     assert!(down.clean && down.vf == Vf::Driverless, "{down:?}");
     assert!(
@@ -358,4 +358,42 @@ fn a_namespace_goes_up_and_comes_back_empty() {
     );
     resize(&kernel, &pf, 2).unwrap();
     assert_eq!(kernel.violations(), [""; 0]);
+}
+
+#[test]
+fn a_namespace_is_erased_also_when_its_vf_has_gone() {
+    let pf = nvme_pf("0000:04:00.0".parse().unwrap());
+    let kernel = FakeKernel::new([pf.clone()]);
+    kernel.give_namespaces(pf.address, [1, 2]);
+    create(&kernel, &pf, 4).unwrap();
+    let want = VfConfig::of_storage(Storage::Namespace(2));
+    prepare(&kernel, &pf, &device(2), &want).unwrap();
+    kernel.write_namespace(pf.address, 2, 100, b"a guest's");
+    // QEMU forgets the attachment with the VFs; the claim has not forgotten its namespace.
+    kernel.reboot();
+    let gone = look(&kernel, &pf, 2, &want).unwrap();
+    assert_eq!(gone.vf, Vf::Absent);
+    clean(&kernel, &pf, 2, Some(2)).unwrap();
+    let empty = |nsid| {
+        kernel
+            .namespace(pf.address, nsid)
+            .iter()
+            .all(|byte| *byte == 0)
+    };
+    assert!(empty(2));
+    // Nor when the VFs were made anew.
+    create(&kernel, &pf, 4).unwrap();
+    kernel.write_namespace(pf.address, 1, 100, b"a guest's");
+    clean(&kernel, &pf, 0, Some(1)).unwrap();
+    assert!(empty(1));
+    // One that another controller has by now is another's.
+    let other = VfConfig::of_storage(Storage::Namespace(1));
+    prepare(&kernel, &pf, &device(3), &other).unwrap();
+    kernel.write_namespace(pf.address, 1, 100, b"another's");
+    let error = clean(&kernel, &pf, 0, Some(1)).unwrap_err();
+    assert!(
+        error.to_string().contains("controller 4 as well"),
+        "{error}"
+    );
+    assert!(!empty(1));
 }
