@@ -32,6 +32,8 @@ const BOOT: Duration = Duration::from_secs(600);
 /// Addresses the switch answers for.
 pub const SWITCH_ADDRESSES: [&str; 2] = ["10.9.0.1", "10.9.1.1"];
 const MEMORY_MIB: u32 = 7168;
+/// Bytes of a namespace: each is read whole several times in a scenario.
+const DISK: u64 = 8 << 20;
 
 /// A running L1.
 #[derive(Clone, Debug)]
@@ -120,6 +122,11 @@ fn overlay(paths: &Paths) -> PathBuf {
     paths.state().join("l1.qcow2")
 }
 
+/// L1's namespaces: sparse files.
+fn disks(paths: &Paths) -> [PathBuf; 2] {
+    ["l1-disk1.raw", "l1-disk2.raw"].map(|name| paths.state().join(name))
+}
+
 /// The switch of the managed PF's wire.
 pub(super) fn switch() -> Switch {
     Switch::at(&Path::new(RUN).join("switch.sock"))
@@ -194,6 +201,12 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
         .arg(&image.disk)
         .arg(&overlay)
         .run()?;
+    let disks = disks(paths);
+    for disk in &disks {
+        std::fs::File::create(disk)
+            .and_then(|file| file.set_len(DISK))
+            .with_context(|| format!("making {}", disk.display()))?;
+    }
     let hosts = [&dc.host, &dc.guest].map(|c| (c.node(), c.address.clone()));
     let address = format!("{}/{}", network::ADDRESS, network::PREFIX);
     let mend = mend::ensure(paths)?;
@@ -208,6 +221,7 @@ fn start_qemu(dc: &DataCentre, image: &Image) -> Result<()> {
         gateway: docker::GATEWAY,
         hosts: &hosts,
         memory_mib: MEMORY_MIB,
+        disks: &disks,
         bare: dc.ctx.bare,
     };
     // QEMU's modules lie beside its libraries, not where the program expects them.
@@ -296,9 +310,10 @@ pub(super) fn down(paths: &Paths) -> Result<()> {
             std::fs::remove_dir_all(path)?;
         }
     }
-    let overlay = overlay(paths);
-    if overlay.exists() {
-        std::fs::remove_file(&overlay)?;
+    for file in disks(paths).into_iter().chain([overlay(paths)]) {
+        if file.exists() {
+            std::fs::remove_file(&file)?;
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! L1's QEMU: its command line as a plain function over plain values.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::image::Image;
 
@@ -33,6 +33,8 @@ pub(super) struct Spec<'a> {
     /// `NAME=IP` pairs for /etc/hosts.
     pub(super) hosts: &'a [(String, String)],
     pub(super) memory_mib: u32,
+    /// Files of its namespaces.
+    pub(super) disks: &'a [PathBuf],
     /// One PF whose driver does not load by itself, and none for the node's own traffic.
     pub(super) bare: bool,
 }
@@ -122,7 +124,7 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
         "-device",
         &format!("pcie-root-port,id=rp2,chassis=3,addr={SHARED_PORT}"),
     );
-    // Room for the NVMe controller that storage claims will need.
+    // For the disks.
     arg("-device", "pcie-root-port,id=rp3,chassis=4");
     arg("-device", "pcie-root-port,id=rp4,chassis=5");
     arg(
@@ -147,6 +149,7 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
         // On no wire.
         arg("-netdev", "hubport,id=second,hubid=2");
         arg("-device", &igb("rp4", "second", SECOND_MAC));
+        disks(&mut arg, s.disks);
     }
     arg("-device", "virtio-serial-pci,id=vs,max_ports=16");
     for n in 0..PORTS {
@@ -188,6 +191,29 @@ pub(super) fn command(image: &Image, s: &Spec<'_>) -> Vec<String> {
     c
 }
 
+/// An NVMe subsystem whose controller can have four VFs with two queues and two interrupts each,
+/// and its namespaces, which no controller has at first.
+fn disks(arg: &mut impl FnMut(&str, &str), files: &[PathBuf]) {
+    arg("-device", "nvme-subsys,id=disks");
+    arg(
+        "-device",
+        "nvme,serial=e2e-disks,subsys=disks,bus=rp3,sriov_max_vfs=4,sriov_vq_flexible=8,\
+         sriov_vi_flexible=8,max_ioqpairs=12,msix_qsize=18",
+    );
+    for (index, file) in files.iter().enumerate() {
+        let nsid = index + 1;
+        let file = file.display();
+        arg(
+            "-drive",
+            &format!("file={file},if=none,id=disk{nsid},format=raw,cache=unsafe,file.locking=off"),
+        );
+        arg(
+            "-device",
+            &format!("nvme-ns,drive=disk{nsid},nsid={nsid},shared=on,detached=on"),
+        );
+    }
+}
+
 fn igb(port: &str, netdev: &str, mac: &str) -> String {
     // Without romfile= QEMU wants a boot ROM that the image does not ship.
     format!("igb,bus={port},netdev={netdev},mac={mac},romfile=")
@@ -196,7 +222,6 @@ fn igb(port: &str, netdev: &str, mac: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
     #[test]
     fn four_functions_each_on_a_port_of_its_own() {
@@ -220,11 +245,18 @@ mod tests {
             gateway: "10.0.0.1",
             hosts: &hosts,
             memory_mib: 7168,
+            disks: std::slice::from_ref(&dir),
             bare: false,
         };
         let c = command(&image, &spec);
         let igbs: Vec<_> = c.iter().filter(|a| a.starts_with("igb,")).collect();
         assert_eq!(igbs.len(), 4);
+        let namespaces = c.iter().filter(|a| a.starts_with("nvme-ns,drive=disk1,"));
+        assert_eq!(namespaces.count(), 1);
+        assert!(
+            c.iter().any(|a| a.contains("bus=rp3,sriov_max_vfs=4")),
+            "{c:?}"
+        );
         assert!(
             c.iter()
                 .any(|a| a.contains("id=rp2") && a.ends_with(&format!("addr={SHARED_PORT}")))

@@ -24,9 +24,9 @@ use crate::wait::Probe;
 
 /// An agent looks at once; kmod on an emulated machine takes seconds.
 const DONE: Duration = Duration::from_secs(90);
-/// The module of the scenario: L1 has no NVMe device, so nothing loads or uses it.
-const MODULE: &str = "nvme";
-const PARAMETER: &str = "io_queue_depth";
+/// The module of the scenario: L1 has no NVMe device on a network, so nothing loads or uses it.
+const MODULE: &str = "nvme_tcp";
+const PARAMETER: &str = "so_priority";
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -122,7 +122,7 @@ async fn modules(lab: &Lab<'_>) -> Result<()> {
         kernel_has(lab).await?
     );
     // What it needs came with it.
-    sh(&lab.l1, "grep -q live /sys/module/nvme_core/initstate").await?;
+    sh(&lab.l1, "grep -q live /sys/module/nvme_fabrics/initstate").await?;
     counted(&wishes, "e2e-storage", 1).await?;
 
     let with = Patch::Merge(json!({"spec": {"parameters": {PARAMETER: "128"}}}));

@@ -22,6 +22,7 @@ mod release;
 mod restarts;
 mod several;
 mod steps;
+mod storage;
 pub mod support;
 mod traffic;
 
@@ -107,6 +108,7 @@ pub fn all() -> Vec<Scenario> {
         traffic::scenarios,
         release::scenarios,
         reclaim::scenarios,
+        storage::scenarios,
         refusals::scenarios,
         gates::scenarios,
         guests::scenarios,

@@ -78,6 +78,16 @@ impl Lab<'_> {
         self.allow(&[CLASS, DEFAULT_CLASS, name]).await
     }
 
+    /// A class of the harness's own that hands out these namespaces of NVMe PFs.
+    pub async fn class_of_namespaces(&self, name: &str, namespaces: &[u32]) -> Result<()> {
+        let spec = json!({
+            "pfSelector": {"drivers": ["nvme"]},
+            "storage": {"namespaces": namespaces},
+        });
+        self.class_with(name, spec).await?;
+        self.allow(&[CLASS, DEFAULT_CLASS, name]).await
+    }
+
     /// A class of the harness's own that the guest may not use.
     pub async fn class_for_others(&self, name: &str, selector: Value) -> Result<()> {
         self.class_with(name, json!({"pfSelector": selector})).await
