@@ -16,9 +16,11 @@ use common::pci::PciAddress;
 use super::KernelError;
 pub use parse::{Controller, Format, Pool, Primary, Secondary};
 
-/// What most commands may take; the kernel's own limit is 60 s (`nvme_core.admin_timeout`).
+/// What most commands may take; the kernel's own limit is 60 s (`nvme_core.admin_timeout`). Not
+/// less: a command that exceeds it has the kernel reset the controller (`nvme_timeout` in
+/// drivers/nvme/host/pci.c), and with it every guest's.
 const USUAL: Duration = Duration::from_secs(60);
-/// A Format NVM writes or erases the whole namespace.
+/// A Format NVM writes or erases the whole namespace. Long, for the same reason.
 const FORMAT: Duration = Duration::from_secs(3600);
 
 /// Operation codes (`nvme_admin_opcode` in Linux).
