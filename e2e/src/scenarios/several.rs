@@ -114,7 +114,7 @@ async fn every_vf(lab: &Lab<'_>) -> Result<()> {
     let claims = try_join_all(wishes.iter().map(|wish| lab.create(wish))).await?;
     let ready = settled(lab, &claims, PORTS).await?;
     let had = attached(lab, &ready, &pfs).await?;
-    let before = Picture::take(lab).await?;
+    let (before, trace) = (Picture::take(lab).await?, lab.trace().await?);
 
     Part::Agent.restart(lab).await?;
     for (claim, had) in &had {
@@ -133,7 +133,23 @@ async fn every_vf(lab: &Lab<'_>) -> Result<()> {
         left.vf,
         next.vf
     );
+    // It has seen all of them by now, at the latest.
+    let now = lab.trace().await?;
+    for pf in pfs {
+        let counts = writes::num_vfs(&trace, &now, &pf.address)?;
+        ensure!(
+            counts.is_empty(),
+            "sriov_numvfs of {} was written: {counts:?}",
+            pf.address
+        );
+    }
     for (claim, had) in had.iter().skip(1) {
+        let touched = writes::about(&trace, &now, &had.vf)?;
+        ensure!(
+            touched.is_empty(),
+            "the successor touched {}: {touched:?}",
+            had.vf
+        );
         let now = lab.ready(claim).await?;
         ensure!(restarts::same(had, &now), "{had:?} became {now:?}");
         l2::bound(&lab.l2, &had.guest_address).await?;
