@@ -26,11 +26,13 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             |lab| attached(lab, Part::Agent)
         ),
         scenario!(
+            Long,
             "restart-controller-while-attached",
             "the controller is killed while a VF is in use",
             |lab| attached(lab, Part::Controller)
         ),
         scenario!(
+            Long,
             "restart-syncer-while-attached",
             "the guest-syncer is killed while a VF is in use",
             |lab| attached(lab, Part::Syncer)
