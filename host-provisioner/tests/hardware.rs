@@ -8,31 +8,24 @@
 // A test's helpers are tests too; clippy knows only functions marked as such.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod emptied;
+
 use std::env;
 use std::process::Command;
 
 use common::pci::PciAddress;
-use host_provisioner::driver::{VfDriver, driver_for};
+use host_provisioner::driver::driver_for;
 use host_provisioner::kernel::{
-    HoldError, Kernel as _, MacAddr, PfFacts, RealKernel, Roots, VFIO_PCI, VfConfig, VlanTag,
+    HoldError, Kernel as _, MacAddr, RealKernel, Roots, VFIO_PCI, VfConfig, VlanTag,
 };
+
+use emptied::Emptied;
 
 fn pf() -> PciAddress {
     env::var("VF_TEST_PF")
         .expect("VF_TEST_PF names the PF to test with, as in 0000:01:00.0")
         .parse()
         .unwrap()
-}
-
-/// Takes the VFs away again, also when the test fails.
-struct Emptied<'a>(&'a RealKernel, &'static dyn VfDriver, &'a PfFacts);
-
-impl Drop for Emptied<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.1.remove_all(self.0, self.2) {
-            eprintln!("the VFs of {} stay: {error}", self.2.address);
-        }
-    }
 }
 
 /// What another program says of the VFs.

@@ -10,6 +10,8 @@
 // A test's helpers are tests too; clippy knows only functions marked as such.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod emptied;
+
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
@@ -17,11 +19,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::pci::PciAddress;
-use host_provisioner::driver::{DriverError, VfDriver, driver_for};
+use host_provisioner::driver::{DriverError, driver_for};
 use host_provisioner::kernel::nvme::{Controller, Resource, Subsystem};
 use host_provisioner::kernel::{
-    Kernel as _, KernelError, PfFacts, RealKernel, Roots, Storage, VfConfig, VfFacts,
+    Kernel as _, KernelError, RealKernel, Roots, Storage, VfConfig, VfFacts,
 };
+
+use emptied::Emptied;
 
 const SECRET: &[u8] = b"the last guest's";
 
@@ -30,17 +34,6 @@ fn pf() -> PciAddress {
         .expect("VF_TEST_NVME_PF names the PF to test with, as in 0000:02:00.0")
         .parse()
         .unwrap()
-}
-
-/// Takes the VFs away again, also when the test fails.
-struct Emptied<'a>(&'a RealKernel, &'static dyn VfDriver, &'a PfFacts);
-
-impl Drop for Emptied<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.1.remove_all(self.0, self.2) {
-            eprintln!("the VFs of {} stay: {error}", self.2.address);
-        }
-    }
 }
 
 fn sysfs(function: PciAddress) -> PathBuf {

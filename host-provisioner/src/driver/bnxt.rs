@@ -30,7 +30,6 @@ impl VfDriver for Bnxt {
             driver: "bnxt_en",
             growth: Growth::AllAtOnce,
             zero_mac: false,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 spoof_check: true,

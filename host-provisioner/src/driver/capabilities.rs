@@ -26,9 +26,6 @@ pub struct Capabilities {
     pub growth: Growth,
     /// The driver takes the zero MAC, that is, "none given", and reports it again.
     pub zero_mac: bool,
-    /// Its VFs are controllers of an NVMe subsystem: they have a namespace, and no setting of a
-    /// network interface.
-    pub storage: bool,
     pub settings: VfCapabilities,
 }
 
@@ -45,7 +42,7 @@ impl Capabilities {
                 can: None,
             })
         };
-        match (self.storage, want.storage) {
+        match (self.settings.namespaces, want.storage) {
             (true, Storage::Foreign) => return refused("what a network interface has"),
             (true, Storage::Amiss(what)) => return refused(what),
             (true, Storage::Nothing | Storage::Namespace(_)) => {
@@ -67,7 +64,7 @@ impl Capabilities {
     /// as the driver has them.
     #[must_use]
     pub fn clean(&self, vf: PciAddress) -> VfConfig {
-        if self.storage {
+        if self.settings.namespaces {
             return VfConfig::of_storage(Storage::Nothing);
         }
         VfConfig {
@@ -325,12 +322,13 @@ mod tests {
             driver: "x",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: false,
             settings: ALL,
         };
         let storage = Capabilities {
-            storage: true,
-            settings: VfCapabilities::default(),
+            settings: VfCapabilities {
+                namespaces: true,
+                ..VfCapabilities::default()
+            },
             ..network
         };
         let vf = "0000:01:10.0".parse().unwrap();

@@ -31,7 +31,6 @@ impl VfDriver for I40e {
             driver: "i40e",
             growth: Growth::AllAtOnce,
             zero_mac: false,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

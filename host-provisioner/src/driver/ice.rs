@@ -32,7 +32,6 @@ impl VfDriver for Ice {
             driver: "ice",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

@@ -37,7 +37,6 @@ impl VfDriver for Igb {
             driver: "igb",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

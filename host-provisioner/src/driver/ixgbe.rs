@@ -31,7 +31,6 @@ impl VfDriver for Ixgbe {
             driver: "ixgbe",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

@@ -33,7 +33,6 @@ impl VfDriver for Mlx5 {
             driver: "mlx5_core",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: false,
             settings: VfCapabilities {
                 vlan: true,
                 vlan_qos: true,

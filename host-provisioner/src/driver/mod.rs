@@ -85,6 +85,15 @@ pub enum NamespaceUser {
 /// The namespaces of a PF by number, each with all who have it.
 pub type Namespaces = BTreeMap<u32, Vec<NamespaceUser>>;
 
+/// The namespace that the controller of the VF of that index has; the first where it has several.
+#[must_use]
+pub fn namespace_of(all: &Namespaces, vf: u16) -> Option<u32> {
+    let has = |users: &Vec<NamespaceUser>| users.contains(&NamespaceUser::Vf(vf));
+    all.iter()
+        .find(|(_, users)| has(users))
+        .map(|(nsid, _)| *nsid)
+}
+
 /// A backend: one family of PFs. What is not said here is done as most drivers have it done
 /// (`generic`); a backend is its capabilities and where it departs from that.
 pub trait VfDriver: Send + Sync + 'static {

@@ -110,7 +110,6 @@ impl VfDriver for Nvme {
             driver: "nvme",
             growth: Growth::AllAtOnce,
             zero_mac: true,
-            storage: true,
             settings: VfCapabilities {
                 namespaces: true,
                 ..VfCapabilities::default()

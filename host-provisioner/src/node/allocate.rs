@@ -70,8 +70,7 @@ pub async fn snapshot(agent: &Agent) -> Result<(Vec<PfSnapshot>, Vec<String>), V
                     // Its controller is asked nothing.
                     Namespaces::new()
                 };
-                let one = one(kernel, name, facts, held, &stuck)?;
-                Ok::<_, VfError>(PfSnapshot { namespaces, ..one })
+                one(kernel, name, facts, held, namespaces, &stuck)
             })
             .collect::<Result<_, _>>()?;
         Ok((snapshots, found.left_out))
@@ -97,6 +96,7 @@ fn one(
     name: String,
     facts: PfFacts,
     held: &[Holder],
+    namespaces: Namespaces,
     stuck: &BTreeMap<PciAddress, Stuck>,
 ) -> Result<PfSnapshot, VfError> {
     let vfs = kernel.virtual_functions(facts.address)?;
@@ -119,12 +119,12 @@ fn one(
         }
     }
     Ok(PfSnapshot {
-        namespaces: Namespaces::new(),
         name,
         facts,
         vfs,
         probes,
         macs,
+        namespaces,
         stuck: stuck.clone(),
     })
 }

@@ -180,7 +180,7 @@ async fn look(agent: &Arc<Agent>) -> Result<(), VfError> {
 fn serving(kernel: &dyn Kernel, pf: &PfFacts, entries: &[Entry]) -> Result<Serving, VfError> {
     let mut vfs = BTreeMap::new();
     let driver = driver_for(pf);
-    let storage = driver.is_some_and(|driver| driver.capabilities(pf).storage);
+    let storage = driver.is_some_and(|driver| driver.capabilities(pf).settings.namespaces);
     let readable = pf.interface.is_some() || storage;
     let all = kernel.virtual_functions(pf.address)?.into_iter();
     for vf in all.filter(|vf| entries.iter().any(|entry| entry.vf.index == vf.index)) {

@@ -21,7 +21,7 @@ use super::plan::{Left, Wait};
 use super::pool::{GroupProbe, Holder};
 use super::qemu::{self, Vm, VmError};
 use super::vf;
-use crate::driver::NamespaceUser;
+use crate::driver::namespace_of;
 use crate::hypervisor::Plugged;
 use crate::hypervisor::plan::device_id;
 use crate::kernel::VFIO_PCI;
@@ -136,20 +136,13 @@ fn of_no_other(
         node_name: node.to_owned(),
         physical_function: pf.name.clone(),
         vf_index: vf.index,
-        namespace_id: namespace_of(pf, vf.index),
+        namespace_id: namespace_of(&pf.namespaces, vf.index),
         pci_address: None,
         vendor_id: None,
         device_id: None,
         iommu_group: None,
     };
     Some(vf::described(&device, vf))
-}
-
-/// The namespace that the VF's controller has.
-fn namespace_of(pf: &PfSnapshot, index: u16) -> Option<u32> {
-    let mut all = pf.namespaces.iter();
-    let own = all.find(|(_, users)| users.contains(&NamespaceUser::Vf(index)));
-    own.map(|(nsid, _)| *nsid)
 }
 
 fn unknown(id: &str, host: Option<PciAddress>) -> Wait {

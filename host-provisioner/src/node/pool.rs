@@ -94,8 +94,8 @@ pub fn selects(selector: &PfSelector, labels: &BTreeMap<String, String>, pf: &Pf
 /// Chooses a VF. A claim that has one gets the same again.
 ///
 /// Of several PFs one near the VM's CPUs goes first, and then the granted placement says which
-/// (`rank`). On that PF existing free VFs go before making new ones; VFs that are on vfio-pci already go first, they save
-/// the bind.
+/// (`rank`). On that PF existing free VFs go before making new ones; VFs that are on vfio-pci
+/// already go first, they save the bind.
 ///
 /// # Errors
 /// [`NoChoice`] with the reason of every PF that the selector takes.

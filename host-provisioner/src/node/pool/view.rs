@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use common::api::{ResizeStatus, VfCounts, VfState, WithheldReason, WithheldVf, withheld_in_force};
 use common::pci::PciAddress;
 
-use crate::driver::{Capabilities, NamespaceUser, Namespaces, driver_for};
+use crate::driver::{Capabilities, Namespaces, driver_for, namespace_of};
 use crate::kernel::{MacAddr, PfFacts, Stuck, VFIO_PCI, VfFacts};
 
 use super::claim::Holder;
@@ -320,12 +320,8 @@ fn foreign_reason(vf: &VfFacts, input: &PfInput) -> Option<ForeignReason> {
     if let Some(stranger) = vf.group_members.iter().find(|member| !ours(member)) {
         return Some(ForeignReason::Stranger(*stranger));
     }
-    let left = input
-        .namespaces
-        .iter()
-        .find(|(_, users)| users.contains(&NamespaceUser::Vf(vf.index)));
-    if let Some((nsid, _)) = left {
-        return Some(ForeignReason::Namespace(*nsid));
+    if let Some(nsid) = namespace_of(&input.namespaces, vf.index) {
+        return Some(ForeignReason::Namespace(nsid));
     }
     match vf.driver.as_deref() {
         None => match input.probes.get(&group) {
